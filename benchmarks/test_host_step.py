@@ -1,0 +1,31 @@
+"""The host's part of a pure decode step. Bar: 50 us + 3 us per sequence at 256 and 1024."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.batches import DecodingBatch
+
+ROUNDS = 400
+
+
+@pytest.mark.benchmark(group="host step")
+@pytest.mark.parametrize("count", [1, 32, 256, 1024])
+def test_host_step(benchmark: Any, count: int) -> None:
+    """Commit, stops, hand-out, schedule and input tensors."""
+    batch = DecodingBatch(count)
+    benchmark.extra_info.update(sequences=count, bar_s=50e-6 + 3e-6 * count)
+    inputs = benchmark.pedantic(batch.host_step, rounds=ROUNDS, warmup_rounds=5)
+    assert len(inputs.token_ids) == count
+
+
+@pytest.mark.benchmark(group="scheduler")
+@pytest.mark.parametrize("count", [1, 32, 256, 1024])
+def test_commit_and_schedule(benchmark: Any, count: int) -> None:
+    """The scheduler alone."""
+    batch = DecodingBatch(count)
+    benchmark.extra_info.update(sequences=count)
+    plan = benchmark.pedantic(batch.plan_step, rounds=ROUNDS, warmup_rounds=5)
+    assert len(plan.decode_slots) == count

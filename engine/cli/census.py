@@ -1,0 +1,118 @@
+"""What a model is made of and what a token costs, from its configuration and the headers of its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from headrace.engine.config import LayerKind, ModelConfig
+from headrace.engine.model.batch import Caches
+from headrace.engine.model.weights.files import INDEX, SINGLE, list_tensors
+from headrace.engine.model.weights.names import memory_shapes
+from headrace.engine.run.memory import unit_bytes
+
+ASSUMED_BYTES = 2
+"""Per parameter, where there are no files to look at: bf16."""
+
+EMBEDDING, HEAD, EXPERTS, MTP = "embedding", "output head", "routed experts", "MTP module"
+_LAYERS = {
+    LayerKind.MAMBA: "Mamba-2 layers",
+    LayerKind.ATTENTION: "attention layers",
+    LayerKind.MOE: "MoE layers without routed experts",
+    LayerKind.MLP: "MLP layers",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One kind of weights over all layers. ``used`` is the share of it that one token passes through."""
+
+    name: str
+    layers: int
+    parameters: int
+    num_bytes: int
+    used: float
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """A model in numbers. Costs are of one decoded token of one sequence, MTP module not used."""
+
+    parts: tuple[Part, ...]
+    bytes_are_assumed: bool
+    kv_bytes_per_token: int
+    state_bytes_per_sequence: int
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weights as stored."""
+        return sum(part.num_bytes for part in self.parts)
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that a token is multiplied with (of the embedding it reads one row)."""
+        return round(sum(part.parameters * part.used for part in self.parts))
+
+    @property
+    def flops_per_token(self) -> int:
+        """One multiplication and one addition per active parameter; attention and the scan not counted."""
+        return 2 * self.active_parameters
+
+    @property
+    def bytes_read_per_token(self) -> int:
+        """Weights that one token needs, as stored."""
+        return round(sum(part.num_bytes * part.used for part in self.parts))
+
+
+def take_census(folder: Path, config: ModelConfig) -> Census:
+    """Count a checkpoint. Raises CheckpointError for damaged files; a folder of only a config.json is enough."""
+    parameters: dict[str, int] = {}
+    for name, shape in memory_shapes(config).items():
+        part = _part(name, config)
+        parameters[part] = parameters.get(part, 0) + prod(shape)
+    stored = _stored_bytes(folder, config) if (folder / SINGLE).exists() or (folder / INDEX).exists() else None
+    parts = tuple(
+        Part(name, _layers(name, config), count, ASSUMED_BYTES * count if stored is None else stored.get(name, 0),
+             _used(name, config))
+        for name, count in parameters.items()
+    )  # fmt: skip
+    kv_bytes, state_bytes = unit_bytes(Caches.allocate(config, 1, 1, 1, device="meta"))
+    return Census(parts, stored is None, kv_bytes, state_bytes)
+
+
+def _stored_bytes(folder: Path, config: ModelConfig) -> dict[str, int]:
+    stored: dict[str, int] = {}
+    for entries in list_tensors(folder).values():
+        for entry in entries:
+            part = _part(entry.name.removeprefix("backbone.").removeprefix("model."), config)
+            stored[part] = stored.get(part, 0) + entry.num_bytes
+    return stored
+
+
+def _part(name: str, config: ModelConfig) -> str:
+    head, _, rest = name.partition(".")
+    if head in ("embeddings", "lm_head", "mtp", "norm_f"):
+        return {"embeddings": EMBEDDING, "mtp": MTP}.get(head, HEAD)
+    index = rest.partition(".")[0]
+    if head != "layers" or not index.isdecimal() or int(index) >= len(config.layers):
+        return "unknown tensors"
+    return EXPERTS if ".experts." in name else _LAYERS[config.layers[int(index)]]
+
+
+def _layers(part: str, config: ModelConfig) -> int:
+    kinds = {name: kind for kind, name in _LAYERS.items()} | {EXPERTS: LayerKind.MOE}
+    return config.count(kinds[part]) if part in kinds else 0
+
+
+def _used(part: str, config: ModelConfig) -> float:
+    if part in (EMBEDDING, MTP):
+        return 0.0
+    if part == EXPERTS and config.moe is not None:
+        return config.moe.top_k / config.moe.num_experts
+    return 1.0

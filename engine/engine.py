@@ -1,0 +1,374 @@
+"""Engine: the public door. Prompts in, streams of typed events or whole completions out."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from headrace.engine.config import ModelConfig
+from headrace.engine.errors import ContextExceeded, GenerationError, RequestError
+from headrace.engine.loop import EngineLoop, Inbox, MaskState
+from headrace.engine.model.batch import Caches
+from headrace.engine.model.load import load_model
+from headrace.engine.options import EngineConfig
+from headrace.engine.request import ChatOptions, Completion, SamplingParams
+from headrace.engine.run.memory import CacheSizes, plan_caches
+from headrace.engine.run.runner import Model, Runner
+from headrace.engine.schedule import scheduler as scheduling
+from headrace.engine.schedule import sequence as sequences
+from headrace.engine.schedule.plan import SlotParams
+from headrace.engine.stream import ChoiceReader, Collector, Stream
+from headrace.engine.waiting import LoopWaiter, ThreadWaiter
+from headrace.kernels.control import ControlIds
+from headrace.tokenizer import (
+    ChatError,
+    ChatTemplate,
+    Rendered,
+    TextStream,
+    Tokenizer,
+    TokenizerError,
+    has_chat_template,
+)
+from headrace.tokenizer import load as load_tokenizer
+
+EMBEDDED_MODEL = Path(__file__).parent / "tiny"
+EMBEDDED_NAME = "headrace-tiny"
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int]
+
+
+class Engine:
+    """A loaded model with its scheduler and engine thread.
+
+    ``model`` is a checkpoint folder in the hub layout, None the embedded model. Raises what loading raises:
+    CheckpointError, ConfigError and TokenizerError name the file and the key, ValueError the option.
+    Use it as a context manager, or call ``close()``: no thread is left behind.
+
+        with Engine() as engine:
+            print(engine.chat([{"role": "user", "content": "12 + 34"}]).content)
+    """
+
+    def __init__(
+        self, model: str | Path | None = None, config: EngineConfig | None = None, *, progress: bool = False
+    ) -> None:
+        path = EMBEDDED_MODEL if model is None else Path(model)
+        config = config or EngineConfig()
+        tokenizer = load_tokenizer(path)
+        # A base model has no template: it generates, and refuses to chat.
+        template = ChatTemplate.load(path, tokenizer) if has_chat_template(path) else None
+        network = load_model(path, device=config.device, progress=progress)
+        name = EMBEDDED_NAME if model is None else path.resolve().name
+        self._assemble(network, network.config, tokenizer, template, name, config)
+
+    @classmethod
+    def from_parts(
+        cls,
+        network: Model,
+        model_config: ModelConfig,
+        tokenizer: Tokenizer,
+        *,
+        template: ChatTemplate | None = None,
+        name: str = "custom",
+        config: EngineConfig | None = None,
+    ) -> Engine:
+        """An engine around a network of your own: anything with ``forward`` and ``logits`` (run.runner.Model)."""
+        engine = cls.__new__(cls)
+        engine._assemble(network, model_config, tokenizer, template, name, config or EngineConfig())
+        return engine
+
+    def _assemble(
+        self,
+        network: Model,
+        model_config: ModelConfig,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        name: str,
+        config: EngineConfig,
+    ) -> None:
+        self.config = config
+        self.model_config = model_config
+        self.model_name = name
+        self.tokenizer = tokenizer
+        self.control = control_ids(tokenizer, config.closing_text)
+        self._template = template
+        allocate = partial(Caches.allocate, model_config)
+        self.sizes: CacheSizes = plan_caches(
+            allocate(1, 1, config.page_size, device="meta"),
+            num_slots=config.max_sequences,
+            page_size=config.page_size,
+            model_context=model_config.max_position_embeddings,
+            max_context=config.max_context,
+            num_pages=config.num_pages,
+            cache_bytes=config.cache_bytes,
+        )
+        sizes = self.sizes
+        caches = allocate(sizes.num_slots, sizes.num_pages, sizes.page_size, device=config.device)
+        self._scheduler = scheduling.Scheduler(scheduler_limits(config, sizes, model_config))
+        runner = Runner(network, caches, sizes, self.control, config.device)
+        self._loop = EngineLoop(self._scheduler, runner, config.max_waiting, model_config.vocab_size)
+        self._loop_waiters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopWaiter] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._lock = threading.Lock()
+        # A forgotten engine stops its thread too; the loop knows nothing of the engine, so this can happen.
+        self._finalizer = weakref.finalize(self, self._loop.close)
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and completion together."""
+        return self.sizes.max_context
+
+    # --- conversations ------------------------------------------------------------------------------------------
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        options: ChatOptions | None = None,
+    ) -> Completion:
+        """Answer a conversation. Raises RequestError, ContextExceeded, QueueFull, GenerationError."""
+        params = params or SamplingParams()
+        return self._collect([self.chat_stream(messages, params, options)], [params])[0]
+
+    def chat_stream(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        options: ChatOptions | None = None,
+    ) -> Stream:
+        """Answer a conversation as a stream of Delta and, per choice, one Finished."""
+        params, options = params or SamplingParams(), options or ChatOptions()
+        rendered = self.prompt_ids(messages, options)
+        budget = params.reasoning_budget if options.budget is None else options.budget
+        return self._submit(
+            rendered.ids,
+            params,
+            thinking=rendered.thinking,
+            budget=budget,
+            raw=False,
+            content_from_reasoning=options.force_nonempty_content,
+        )
+
+    def prompt_ids(self, messages: Sequence[Message], options: ChatOptions | None = None) -> Rendered:
+        """The prompt a conversation becomes: ids, text, and whether it ends inside an open think block."""
+        options = options or ChatOptions()
+        if self._template is None:
+            raise RequestError(f"{self.model_name} has no chat template: use generate()", param="messages")
+        try:
+            return self._template.render(
+                messages, effort=options.reasoning_effort, kwargs=dict(options.chat_template_kwargs)
+            )
+        except ChatError as error:
+            raise RequestError(str(error), param=error.param) from error
+        except TokenizerError as error:
+            raise RequestError(str(error), param="messages") from error
+
+    # --- raw prompts --------------------------------------------------------------------------------------------
+
+    @overload
+    def generate(self, prompt: str, params: SamplingParams | None = None) -> Completion: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[int] | Sequence[Prompt], params: SamplingParams | None = None
+    ) -> Completion | list[Completion]: ...
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+    ) -> Completion | list[Completion]:
+        """Continue a prompt (text in which markers are markers, or ids), or many prompts at once.
+
+        Everything generated is content; the budget does not act. Raises what ``chat`` raises.
+        """
+        params = params or SamplingParams()
+        if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))):
+            return self._collect([self.generate_stream(prompt, params)], [params])[0]  # type: ignore[arg-type]
+        streams: list[Stream] = []
+        waiter = ThreadWaiter()
+        try:
+            for one in prompt:
+                streams.append(self._raw(one, params, waiter))  # type: ignore[arg-type]
+            return self._collect(streams, [params] * len(streams), waiter)
+        except BaseException:
+            for stream in streams:
+                stream.abort()
+            raise
+
+    def generate_stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """Continue one prompt as a stream."""
+        return self._raw(prompt, params or SamplingParams(), ThreadWaiter())
+
+    def _raw(self, prompt: Prompt, params: SamplingParams, waiter: ThreadWaiter) -> Stream:
+        if isinstance(prompt, str):
+            try:
+                ids = self.tokenizer.encode_with_markers(prompt)
+            except TokenizerError as error:
+                raise RequestError(str(error), param="prompt") from error
+        else:
+            ids = [_token_id(t, self.model_config.vocab_size) for t in prompt]
+        return self._submit(ids, params, thinking=False, budget=-1, raw=True, waiter=waiter)
+
+    # --- life ---------------------------------------------------------------------------------------------------
+
+    @property
+    def accepting(self) -> bool:
+        """Whether the engine takes requests: not closed, not draining, its thread not failed."""
+        return self._loop.accepting
+
+    def stats(self) -> dict[str, int]:
+        """Counts of the moment: sequences, pages, slots, steps, preemptions."""
+        s = self._scheduler
+        return {
+            "running": s.running,
+            "waiting": s.waiting,
+            "free_pages": s.free_pages,
+            "total_pages": self.sizes.num_pages,
+            "free_slots": s.free_slots,
+            "total_slots": self.sizes.num_slots,
+            "preemptions": s.preemptions,
+            "steps": self._loop.steps,
+        }
+
+    def close(self, drain: bool = False, timeout: float | None = None) -> None:
+        """Stop. With ``drain``, requests already accepted may finish, within ``timeout`` seconds; the rest abort."""
+        self._loop.close(drain, timeout)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    def _submit(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        thinking: bool,
+        budget: int,
+        raw: bool,
+        waiter: ThreadWaiter | None = None,
+        content_from_reasoning: bool = False,
+    ) -> Stream:
+        if not ids:
+            raise RequestError("the prompt is empty", param="prompt")
+        room = self.max_context - len(ids)
+        if room < 1:
+            raise ContextExceeded(len(ids), self.max_context)
+        prompt = np.array(ids, np.int64)
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        waiter = waiter or ThreadWaiter()
+        batch, readers, masks = [], [], []
+        for choice in range(params.n):
+            inbox = Inbox(waiter)
+            sequence = sequences.Sequence(
+                prompt,
+                SlotParams(
+                    min(params.max_tokens, room),
+                    params.temperature,
+                    params.top_p,
+                    seed,
+                    choice,
+                    thinking,
+                    budget,
+                    params.ignore_eos,
+                ),
+                logprobs=params.logprobs or params.top_logprobs > 0,
+                top_logprobs=params.top_logprobs,
+                sink=inbox,
+            )
+            batch.append(sequence)
+            if params.mask is not None:
+                masks.append(MaskState(params.mask, self.control, thinking, budget))
+            readers.append(
+                ChoiceReader(
+                    choice,
+                    inbox,
+                    TextStream(self.tokenizer, stop=params.stop, raw=raw, eos_ids=self.control.eos),
+                    self.tokenizer,
+                    self.control,
+                    len(prompt),
+                    partial(self._loop.abort, sequence),
+                    logprobs=sequence.logprobs,
+                    content_from_reasoning=content_from_reasoning,
+                )
+            )
+        self._loop.submit(batch, masks or None)
+        return Stream(readers, waiter, self._loop_waiter)
+
+    def _loop_waiter(self, loop: asyncio.AbstractEventLoop) -> LoopWaiter:
+        with self._lock:
+            waiter = self._loop_waiters.get(loop)
+            if waiter is None:
+                waiter = self._loop_waiters[loop] = LoopWaiter(loop)
+            return waiter
+
+    def _collect(
+        self, streams: list[Stream], params: list[SamplingParams], waiter: ThreadWaiter | None = None
+    ) -> list[Completion]:
+        collectors = [Collector(s, p.n, p.logprobs or p.top_logprobs > 0) for s, p in zip(streams, params, strict=True)]
+        if waiter is None:
+            for event in streams[0]:
+                collectors[0].add(event)
+        else:
+            open_streams = list(zip(streams, collectors, strict=True))
+            while open_streams:
+                waiter.wait_until(partial(_any_ready, [s for s, _ in open_streams]))
+                for stream, collector in open_streams:
+                    for event in stream.poll():
+                        collector.add(event)
+                open_streams = [(s, c) for s, c in open_streams if not s.done]
+        for collector in collectors:
+            if collector.error is not None:
+                raise GenerationError(collector.error)
+        return [c.completion() for c in collectors]
+
+
+def _any_ready(streams: Sequence[Stream]) -> bool:
+    return any(s.ready() for s in streams)
+
+
+def control_ids(tokenizer: Tokenizer, closing_text: str = "") -> ControlIds:
+    """The ids the budget machine and the sampler look for, by the names Nemotron 3's vocabulary gives them."""
+    markers = tokenizer.markers
+    end_think = markers.get("</think>", -1)
+    closing = () if end_think < 0 else (*tokenizer.encode(closing_text), end_think)
+    return ControlIds(
+        eos=tuple(tokenizer.eos_ids),
+        think=markers.get("<think>", -1),
+        end_think=end_think,
+        tool_call=markers.get("<tool_call>", -1),
+        closing=closing,
+    )
+
+
+def scheduler_limits(config: EngineConfig, sizes: CacheSizes, model: ModelConfig) -> scheduling.Limits:
+    """What the scheduler may plan with. A model without Mamba layers may be cut anywhere."""
+    boundary = model.mamba.chunk_size if model.mamba else 1
+    chunk = -(-config.prefill_chunk // boundary) * boundary
+    return scheduling.Limits(
+        num_slots=sizes.num_slots,
+        num_pages=sizes.num_pages,
+        page_size=sizes.page_size,
+        prefill_chunk=chunk,
+        max_batched_tokens=config.max_batched_tokens or chunk + config.max_sequences,
+        boundary=boundary,
+        max_context=sizes.max_context,
+        preempt_bytes=config.preempt_bytes,
+        page_bytes=sizes.page_bytes,
+        slot_bytes=sizes.slot_bytes,
+    )
+
+
+def _token_id(token: object, vocab_size: int) -> int:
+    if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < vocab_size:
+        raise RequestError(f"prompt ids are integers from 0 to {vocab_size - 1}, got {token!r}", param="prompt")
+    return int(token)

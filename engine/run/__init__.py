@@ -1,0 +1,1 @@
+"""A step plan becomes tensors, a forward and decided tokens. Tensors only, no policy."""

@@ -1,0 +1,1 @@
+"""Who runs when, with which pages and which slot: integers only, never a tensor."""

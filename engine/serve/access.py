@@ -1,0 +1,65 @@
+"""Who may ask: Bearer keys compared in constant time, and what a server without keys allows."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import socket
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from headrace.engine.serve.errors import ApiError
+
+
+class Access:
+    """The keys of a server. Without any, only programs on this machine may use it."""
+
+    def __init__(self, keys: Iterable[str] = ()) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def check(self, authorization: bytes | None, origin: bytes | None) -> None:
+        """Raise ApiError (401, or 403 for a foreign web page at a server without keys) unless the request may pass."""
+        if not self._digests:
+            _check_origin(origin)
+            return
+        scheme, _, key = (authorization or b"").strip().partition(b" ")
+        presented = hashlib.sha256(key.strip()).digest()
+        matches = [hmac.compare_digest(presented, digest) for digest in self._digests]
+        if scheme.lower() != b"bearer" or not any(matches):
+            reason = "wrong API key" if authorization else "missing API key: send 'Authorization: Bearer KEY'"
+            raise ApiError(401, reason, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+
+def _check_origin(origin: bytes | None) -> None:
+    # A web page from elsewhere can make a browser on this machine post here; browsers say so in Origin.
+    if origin is not None and not is_loopback_name(urlsplit(origin.decode("latin-1")).hostname):
+        message = "a server without API keys does not answer web pages of other hosts"
+        raise ApiError(403, message, code="foreign_origin")
+
+
+def is_loopback_name(host: str | None) -> bool:
+    """Whether a host name or address, unresolved, can only mean this machine."""
+    if host is None:
+        return False
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def check_host(host: str, keys: Sequence[str]) -> None:
+    """Raise ValueError if a server with these keys must not listen on this host."""
+    addresses = [info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    if not keys and not all(ipaddress.ip_address(str(address).split("%")[0]).is_loopback for address in addresses):
+        raise ValueError(f"host {host} is reachable from outside: without API keys only a loopback address is allowed")
+
+
+def read_keys(path: Path) -> list[str]:
+    """The keys in a file, one a line; blank lines and lines with # in front are skipped. ValueError if it has none."""
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise ValueError(f"{path} holds no API key")
+    return keys

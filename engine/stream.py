@@ -1,0 +1,251 @@
+"""Streams: from the ids in the inboxes to typed events with text. Runs in the reader's thread or event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from types import TracebackType
+
+from headrace.engine.loop import End, Inbox, Token
+from headrace.engine.reasoning import counts_as_reasoning, in_reasoning
+from headrace.engine.request import Choice, Completion, Delta, Finished, FinishReason, TokenLogprob, Usage
+from headrace.engine.waiting import LoopWaiter, ThreadWaiter
+from headrace.kernels.control import ControlIds, Finish
+from headrace.tokenizer import Tokenizer
+from headrace.tokenizer.stream import Piece, TextStream
+
+_REASONS: dict[Finish, FinishReason] = {Finish.STOP: "stop", Finish.LENGTH: "length", Finish.ERROR: "error"}
+
+
+class ChoiceReader:
+    """Reads one sequence's inbox: ids become deltas, stop strings end it, and the one Finished closes it."""
+
+    def __init__(
+        self,
+        index: int,
+        inbox: Inbox,
+        text: TextStream,
+        tokenizer: Tokenizer,
+        control: ControlIds,
+        prompt_tokens: int,
+        abort: Callable[[], None],
+        *,
+        logprobs: bool = False,
+        content_from_reasoning: bool = False,
+    ) -> None:
+        self.index = index
+        self.inbox = inbox
+        self.ids: list[int] = []
+        self.finished = False
+        self.abort = abort
+        self._text = text
+        self._tokenizer = tokenizer
+        self._control = control
+        self._usage = Usage(prompt_tokens=prompt_tokens)
+        self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
+        self._content_from_reasoning = content_from_reasoning
+        self._reasoning: list[str] = []  # kept only for content_from_reasoning
+        self._answered = False
+        self._reported = 0  # ids that an event has carried
+
+    def read(self) -> list[Delta | Finished]:
+        """Everything that has arrived, neighbouring pieces of a channel as one delta."""
+        items, pieces = self.inbox.items, []
+        end: Finished | None = None
+        while items and end is None:
+            item = items.popleft()
+            if isinstance(item, End):
+                pieces.extend(self._text.finish())
+                end = self._finished("abort" if item.aborted else _REASONS[item.finish], error=item.error)
+            else:
+                piece = self._take(item)
+                if piece is not None:
+                    pieces.append(piece)
+                if self._text.stop_string is not None:
+                    self.abort()
+                    pieces.extend(self._text.finish())
+                    end = self._finished("stop", stop_string=self._text.stop_string)
+        events: list[Delta | Finished] = [*self._deltas(pieces)]
+        if end is not None:
+            if self._content_from_reasoning and not self._answered and self._reasoning:
+                events.append(Delta(self.index, "content", "".join(self._reasoning), ()))
+            events.append(replace(end, token_ids=tuple(self.ids[self._reported :])))
+            self.finished = True
+        return events
+
+    def _take(self, item: Token | tuple[int, int]) -> Piece | None:
+        token = item if isinstance(item, Token) else Token(*item)
+        self.ids.append(token.token_id)
+        if self._logprobs is not None:
+            self._logprobs.append(self._entry(token))
+        counted = counts_as_reasoning(token.phase, token.token_id, self._control)
+        self._usage = replace(
+            self._usage,
+            completion_tokens=self._usage.completion_tokens + 1,
+            reasoning_tokens=self._usage.reasoning_tokens + counted,
+        )
+        return self._text.push(token.token_id, in_reasoning(token.phase, token.token_id, self._control))
+
+    def _entry(self, token: Token) -> TokenLogprob:
+        data = self._tokenizer.token_bytes(token.token_id)
+        assert token.logprob is not None, "a sequence that wants log-probabilities gets them with every token"
+        return TokenLogprob(token.token_id, data.decode("utf-8", "replace"), data, token.logprob, token.top)
+
+    def _deltas(self, pieces: Sequence[Piece]) -> Iterator[Delta]:
+        merged: list[Piece] = []
+        for piece in pieces:
+            if merged and merged[-1].channel == piece.channel:
+                last = merged.pop()
+                piece = Piece(piece.channel, last.text + piece.text, last.tokens + piece.tokens)
+            merged.append(piece)
+        for piece in merged:
+            upto = max(piece.tokens, default=-1) + 1
+            ids = tuple(self.ids[self._reported : upto])
+            self._reported = max(self._reported, upto)
+            entries = None if self._logprobs is None else tuple(self._logprobs[i] for i in piece.tokens)
+            self._answered |= piece.channel == "content"
+            if self._content_from_reasoning and piece.channel == "reasoning":
+                self._reasoning.append(piece.text)
+            yield Delta(self.index, piece.channel, piece.text, ids, entries)
+
+    def _finished(self, reason: FinishReason, stop_string: str | None = None, error: str | None = None) -> Finished:
+        return Finished(self.index, reason, self._usage, stop_string, error)
+
+
+class Stream:
+    """Events of one request, in the order they come: iterate it, or ``async for`` over it, once.
+
+    Every choice yields Delta events and then exactly one Finished. Leaving the context manager, or dropping the
+    stream, aborts what is still running; ``abort()`` does so at once, and the stream then ends with Finished "abort".
+    """
+
+    def __init__(
+        self,
+        readers: Sequence[ChoiceReader],
+        waiter: ThreadWaiter,
+        loop_waiter: Callable[[asyncio.AbstractEventLoop], LoopWaiter],
+    ) -> None:
+        self._readers = list(readers)
+        self._waiter = waiter
+        self._loop_waiter = loop_waiter
+        self._events: deque[Delta | Finished] = deque()
+
+    @property
+    def token_ids(self) -> tuple[tuple[int, ...], ...]:
+        """All tokens read so far, per choice."""
+        return tuple(tuple(r.ids) for r in self._readers)
+
+    def abort(self) -> None:
+        """End every unfinished choice."""
+        for reader in self._readers:
+            if not reader.finished:
+                reader.abort()
+
+    close = abort
+
+    def poll(self) -> list[Delta | Finished]:
+        """The events that are there, without waiting."""
+        self._pump()
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    @property
+    def done(self) -> bool:
+        """Whether every event has been handed out."""
+        return not self._events and all(r.finished for r in self._readers)
+
+    def ready(self) -> bool:
+        """Whether ``poll`` would return something, or never will again."""
+        return bool(self._events) or self.done or any(r.inbox.items and not r.finished for r in self._readers)
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Delta | Finished:
+        while not self._events:
+            if self.done:
+                raise StopIteration
+            self._waiter.wait_until(self.ready)
+            self._pump()
+        return self._events.popleft()
+
+    def __aiter__(self) -> Stream:
+        waiter = self._loop_waiter(asyncio.get_running_loop())
+        for reader in self._readers:
+            reader.inbox.waiter = waiter
+        return self
+
+    async def __anext__(self) -> Delta | Finished:
+        while not self._events:
+            if self.done:
+                raise StopAsyncIteration
+            await self._loop_waiter(asyncio.get_running_loop()).wait_until(self.ready)
+            self._pump()
+        return self._events.popleft()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.abort()
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def __del__(self) -> None:
+        self.abort()
+
+    def _pump(self) -> None:
+        for reader in self._readers:
+            if not reader.finished:
+                self._events.extend(reader.read())
+
+
+class Collector:
+    """Gathers a stream's events into a Completion."""
+
+    def __init__(self, stream: Stream, choices: int, logprobs: bool) -> None:
+        self._stream = stream
+        self._deltas: list[list[Delta]] = [[] for _ in range(choices)]
+        self._ends: dict[int, Finished] = {}
+        self._logprobs = logprobs
+
+    def add(self, event: Delta | Finished) -> None:
+        """Take in one event."""
+        if isinstance(event, Finished):
+            self._ends[event.index] = event
+        else:
+            self._deltas[event.index].append(event)
+
+    def completion(self) -> Completion:
+        """The result, once every choice has finished."""
+        choices = tuple(self._choice(i) for i in range(len(self._deltas)))
+        usage = Usage()
+        for end in self._ends.values():
+            usage = usage + end.usage
+        return Completion(choices, usage)
+
+    @property
+    def error(self) -> str | None:
+        """What made a choice fail, if one did."""
+        return next((e.error for e in self._ends.values() if e.reason == "error"), None)
+
+    def _choice(self, index: int) -> Choice:
+        def gather(channel: str) -> tuple[str | None, tuple[TokenLogprob, ...] | None]:
+            deltas = [d for d in self._deltas[index] if d.channel == channel]
+            entries = tuple(entry for d in deltas for entry in d.logprobs or ()) if self._logprobs else None
+            return "".join(d.text for d in deltas) or None, entries
+
+        content, content_logprobs = gather("content")
+        reasoning, reasoning_logprobs = gather("reasoning")
+        ids = self._stream.token_ids[index]
+        reason = self._ends[index].reason
+        return Choice(index, content, reasoning, reason, ids, content_logprobs, reasoning_logprobs)

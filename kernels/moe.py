@@ -1,0 +1,98 @@
+"""Mixture of experts: sigmoid routing with a selection bias, experts of two matrices with squared ReLU, weighted sum.
+
+    s = sigmoid(logits);  picked = top-k of (s + bias);  w = scale * s[picked] / (sum s[picked] + 1e-20)
+    y = sum_j w_j * down_{picked_j} relu(up_{picked_j} x)^2
+
+Source: DeepSeek-V3's router as Nemotron 3 uses it. The bias only selects. With group-limited routing the experts
+form ``groups`` equal runs; a group's score is the sum of its two best (s + bias), and only the ``topk_groups`` best
+groups take part. Ties go to the lowest index, of groups and of experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headrace.kernels.activation import relu2, sigmoid
+from headrace.kernels.linear import TILE, bmm
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How a router picks: the configuration's constants."""
+
+    top_k: int
+    groups: int
+    topk_groups: int
+    normalise: bool
+    scale: float
+
+
+def route(logits: Tensor, bias: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """logits [T, E] fp32, bias [E] fp32 -> (experts [T, top_k] int64, weights [T, top_k] fp32), best first."""
+    scores = sigmoid(logits)
+    choice = scores + bias
+    if routing.groups > 1:
+        choice = _keep_best_groups(choice, routing)
+    experts = _top(choice, routing.top_k)
+    weights = scores.gather(1, experts)
+    if routing.normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return experts, weights * routing.scale
+
+
+def _keep_best_groups(choice: Tensor, routing: Routing) -> Tensor:
+    rows, experts = choice.shape
+    grouped = choice.view(rows, routing.groups, experts // routing.groups)
+    best_two = grouped.gather(2, _top(grouped, 2))
+    kept = _top(best_two[..., 0] + best_two[..., 1], routing.topk_groups)
+    dropped = torch.ones(rows, routing.groups, dtype=torch.bool, device=choice.device).scatter_(1, kept, False)
+    return grouped.masked_fill(dropped[..., None], -torch.inf).view(rows, experts)
+
+
+def _top(values: Tensor, k: int) -> Tensor:
+    # torch.topk leaves the order of ties open; a stable sort does not.
+    return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def experts(x: Tensor, up: Tensor, down: Tensor, picked: Tensor, weights: Tensor) -> Tensor:
+    """The routed experts' weighted sum.
+
+    x [T, K] fp32, up [E, I, K], down [E, K, I] fp32, picked [T, k] int64, weights [T, k] fp32 -> [T, K] fp32.
+    Each (row, expert) pair is a row of that expert's 16-row tiles; a row's terms are added in the order picked.
+    """
+    rows, top_k = picked.shape
+    places, tiles_of = _places(picked.flatten(), up.shape[0])
+    tiles = x.new_zeros(sum(tiles_of) * TILE, x.shape[1])
+    tiles.index_copy_(0, places, x.repeat_interleave(top_k, 0))
+    tiles = tiles.view(-1, TILE, x.shape[1])
+    out = torch.empty_like(tiles)
+    end = 0
+    for expert, count in enumerate(tiles_of):
+        if count:
+            start, end = end, end + count
+            inner = relu2(bmm(tiles[start:end], up[expert].t().expand(count, -1, -1)))
+            out[start:end] = bmm(inner, down[expert].t().expand(count, -1, -1))
+    terms = out.flatten(0, 1).index_select(0, places).view(rows, top_k, x.shape[1]) * weights[..., None]
+    total = terms[:, 0]
+    for j in range(1, top_k):
+        total = total + terms[:, j]
+    return total
+
+
+def _places(pairs: Tensor, experts: int) -> tuple[Tensor, list[int]]:
+    """Lay (row, expert) pairs out by expert, each expert's part filled up to whole tiles.
+
+    pairs [n] int64, the expert of each -> (the pair's row in the layout [n], tiles per expert).
+    """
+    counts = torch.bincount(pairs, minlength=experts)
+    tiles = (counts + TILE - 1) // TILE
+    order = pairs.argsort(stable=True)
+    sorted_pairs = pairs[order]
+    # The i-th pair in sorted order is shifted by the filling of all experts before its own.
+    filling = (tiles * TILE - counts).cumsum(0) - (tiles * TILE - counts)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(order.numel(), device=pairs.device) + filling[sorted_pairs]
+    return places, tiles.tolist()

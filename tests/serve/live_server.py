@@ -1,0 +1,67 @@
+"""A real server on a loopback socket, in a thread of this process."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from headrace.engine.serve.app import create_app
+from headrace.engine.serve.run import DrainingServer, listen, url_of
+
+SECONDS = 20
+QUESTION = [{"role": "user", "content": "What is 2 + 2?"}]
+
+
+class LiveServer(DrainingServer):
+    """Says when it has stopped, and knows how to ask itself."""
+
+    def __init__(self, app: Any, listener: socket.socket, drain_seconds: float) -> None:
+        super().__init__(app, drain_seconds=drain_seconds, log_level="critical")
+        self.listener = listener
+        self.port = listener.getsockname()[1]
+        self.url = url_of(listener)
+        self.stopped = threading.Event()
+        self.client = httpx.Client(base_url=self.url, timeout=SECONDS)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self.stopped.set()
+
+    def chat(self, **fields: Any) -> httpx.Response:
+        """A request for JSON, unless the fields say otherwise."""
+        return self.client.post("/v1/chat/completions", json={"messages": QUESTION, "stream": False} | fields)
+
+    def chunks(self, **fields: Any) -> list[dict[str, Any]]:
+        """The chunks of a stream, whose grammar is checked."""
+        response = self.chat(**{"stream": True} | fields)
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"].split(";")[0] == "text/event-stream"
+        *events, done, rest = response.text.split("\n\n")
+        assert done == "data: [DONE]"
+        assert rest == ""
+        assert all(event.startswith("data: {") and "\n" not in event for event in events)
+        return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+@contextmanager
+def live(engine: Any, *, drain_seconds: float = SECONDS, **options: Any) -> Iterator[LiveServer]:
+    """Serve an engine until the block ends."""
+    listener = listen("127.0.0.1", 0)
+    server = LiveServer(create_app(engine, **options), listener, drain_seconds)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        assert server.up.wait(SECONDS)
+        with server.client:
+            yield server
+    finally:
+        server.service.abort_all()
+        server.should_exit = True
+        thread.join(SECONDS)
+        assert not thread.is_alive()

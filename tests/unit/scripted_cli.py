@@ -1,0 +1,25 @@
+"""The ``headrace`` command with a scripted engine, for tests that need a process of their own."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
+from scripted_engine import HOLD, ScriptedEngine, delta, finished
+
+from headrace.engine.cli import common, main, serve
+
+
+def script(prompt):
+    """Counts the messages it gets; a question that holds "wait" gets half an answer and then nothing."""
+    begun = [delta("reasoning", "Hm."), delta("content", f"{len(prompt)} messages")]
+    return (
+        [*begun, HOLD, finished()] if "wait" in prompt[-1]["content"] else [*begun, delta("content", "!"), finished()]
+    )
+
+
+def load_engine(model, config=None):
+    return ScriptedEngine(script)
+
+
+common.load_engine = serve.load_engine = load_engine
+sys.exit(main(sys.argv[1:]))

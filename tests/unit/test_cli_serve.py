@@ -1,0 +1,66 @@
+"""``headrace serve`` as a process: it says where it listens, serves, and drains on SIGTERM."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+SECONDS = 30
+QUESTION = {"messages": [{"role": "user", "content": "hello"}], "stream": False}
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The server's process and its URL."""
+    keys = tmp_path / "keys"
+    keys.write_text("secret\n")
+    program = Path(__file__).with_name("scripted_cli.py")
+    argv = [sys.executable, str(program), "serve", "--port", "0", "--api-key-file", str(keys), "--profile", "openai"]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        timer = threading.Timer(SECONDS, process.kill)
+        timer.start()
+        try:
+            line = process.stderr.readline()
+            found = re.fullmatch(
+                r"headrace: serving scripted/model at (http://127\.0\.0\.1:\d+/v1) \(profile openai\)\n", line
+            )
+            assert found, line
+            yield process, found[1]
+        finally:
+            timer.cancel()
+            process.kill()
+
+
+def test_it_serves_and_ends_with_0_on_sigterm(process: tuple[subprocess.Popen[str], str]) -> None:
+    server, url = process
+    assert httpx.post(f"{url}/chat/completions", json=QUESTION).status_code == 401
+    with httpx.Client(headers={"authorization": "Bearer secret"}, timeout=SECONDS) as client:
+        body = client.post(f"{url}/chat/completions", json=QUESTION).json()
+        assert body["choices"][0]["message"]["content"] == "1 messages!"
+        wait = {"messages": [{"role": "user", "content": "wait"}], "stream": True}
+        with client.stream("POST", f"{url}/chat/completions", json=wait) as stream:
+            next(stream.iter_lines())
+            server.send_signal(signal.SIGTERM)
+            code = 200
+            while code == 200:  # until the signal has arrived
+                code = client.get(f"{url}/models").status_code
+            assert code == 503
+            assert server.poll() is None
+        assert server.wait(SECONDS) == 0
+
+
+def test_sigterm_when_idle(process: tuple[subprocess.Popen[str], str]) -> None:
+    server, _ = process
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(SECONDS) == 0
+    assert server.stderr is not None
+    assert server.stderr.read() == ""
