@@ -27,7 +27,7 @@ def conv_update(x: Tensor, state: Tensor, slots: Tensor, weight: Tensor, bias: T
     """
     window = torch.cat([state.index_select(0, slots), x.to(state.dtype)[..., None]], -1)
     state.index_copy_(0, slots, window[..., 1:])
-    return silu(_taps(window.float().unbind(-1), weight, bias))
+    return silu(_taps(window.float().permute(2, 0, 1).contiguous(), weight, bias))
 
 
 def conv_prefill(x: Tensor, state: Tensor, slot: int, fresh: bool, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,11 +43,12 @@ def conv_prefill(x: Tensor, state: Tensor, slot: int, fresh: bool, weight: Tenso
     return silu(_taps([window[j : j + length] for j in range(taps)], weight, bias))
 
 
-def _taps(inputs: list[Tensor] | tuple[Tensor, ...], weight: Tensor, bias: Tensor | None) -> Tensor:
+def _taps(inputs: list[Tensor] | Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # Separate multiplies and adds in a fixed order: each is correctly rounded, so layout and position cannot matter.
-    total = inputs[0] * weight[:, 0]
-    for j in range(1, len(inputs)):
-        total = total + inputs[j] * weight[:, j]
+    taps = weight.t().contiguous()
+    total = inputs[0] * taps[0]
+    for j in range(1, taps.shape[0]):
+        total = total + inputs[j] * taps[j]
     return total if bias is None else total + bias
 
 

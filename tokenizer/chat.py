@@ -25,6 +25,8 @@ EFFORTS: Mapping[str, Mapping[str, bool]] = {
 _SWITCHES = ("enable_thinking", "low_effort", "truncate_history_thinking")
 # Read by the engine, never by a template: one that knows the name would write the number into the prompt.
 _ENGINE_OPTIONS = ("reasoning_budget", "force_nonempty_content")
+# What filters and operators raise on data they were not made for.
+_TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 
@@ -140,7 +142,7 @@ class ChatTemplate:
         }
         try:
             written = self._sandbox.render(self._template, variables)
-        except (jinja2.TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, *_TEMPLATE_FAULTS) as error:
             raise ChatError(f"the chat template refuses them: {error}", param="messages") from None
         parts: list[str] = []
         ids: list[int] = []

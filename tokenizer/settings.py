@@ -56,7 +56,7 @@ class TextSettings:
         tokenizer_config = read_json(folder / "tokenizer_config.json")
         sources = [read_json(folder / "generation_config.json"), read_json(folder / "config.json")]
         eos = _first(sources, "eos_token_id", folder)
-        added = tokenizer_config.get("added_tokens_decoder") or {}
+        added = tokenizer_config.get("added_tokens_decoder", {})
         if not isinstance(added, Mapping):
             raise TokenizerError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder must be an object")
         where = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"

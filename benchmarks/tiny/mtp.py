@@ -64,11 +64,16 @@ def ahead(values: Tensor, places: int, fill: int) -> Tensor:
     return F.pad(values[:, places:], (0, places), value=fill)
 
 
-def drafts(network: Network, head: Callable[..., Tensor], batch: data.Batch) -> list[tuple[Tensor, Tensor]]:
-    """Per draft depth: the logits at learned positions and the frozen backbone's greedy choice there."""
+def drafts(
+    network: Network, teacher: Callable[..., Tensor], head: Callable[..., Tensor], batch: data.Batch
+) -> list[tuple[Tensor, Tensor]]:
+    """Per draft depth: the logits at learned positions and the frozen backbone's greedy choice there.
+
+    `teacher` and `head` may be compiled forms of the network and the head.
+    """
     packing = network.packing(batch.document)
     with torch.no_grad():
-        hidden = network(batch.ids, packing)
+        hidden = teacher(batch.ids, packing)
         greedy = network.lm_head(hidden).argmax(-1).masked_fill(batch.targets < 0, -100)
     result = []
     for depth in range(1, DRAFTS + 1):
@@ -89,7 +94,9 @@ def agreement(network: Network, head: Mtp, count: int = 8, seed: int = 1) -> dic
     for name in problems.CATEGORIES:
         examples += [data.example(problem, "high") for problem in problems.held_out(name, count, seed)]
     batch = data.collate(data.pack(examples))
-    rates = [(logits.argmax(-1) == wanted).float().mean().item() for logits, wanted in drafts(network, head, batch)]
+    rates = [
+        (logits.argmax(-1) == wanted).float().mean().item() for logits, wanted in drafts(network, network, head, batch)
+    ]
     head.train()
     return {f"draft_{depth}": rate for depth, rate in enumerate(rates, 1)}
 
@@ -102,18 +109,18 @@ def work(team: Team, args: Namespace) -> None:
     network.requires_grad_(False).eval()
     head = Mtp(Config())
     optimizers = optimizer.build(head, args.rate)
-    compiled = torch.compile(head) if args.compile else head
+    teacher, student = (torch.compile(each) if args.compile else each for each in (network, head))
 
     def step(progress: Progress) -> tuple[float, int]:
         whole = data.batch(args.seed + 1, progress.step, args.rows, problems.CATEGORIES)
         batch = data.Batch(team.rows(whole.ids), team.rows(whole.document), team.rows(whole.targets))
-        losses = [F.cross_entropy(*draft) for draft in drafts(network, compiled, batch)]
+        losses = [F.cross_entropy(*draft) for draft in drafts(network, teacher, student, batch)]
         torch.stack([weight * loss for weight, loss in zip(DRAFT_WEIGHTS, losses, strict=True)]).sum().backward()
         return losses[0].item(), whole.ids.numel()
 
     trainer = Trainer(
         args.out, Progress(args.minutes), {"head": head}, optimizers, args.rate, step,
-        lambda: agreement(network, head), lambda progress, found: None, args.evaluations, "mtp", team,
+        lambda: agreement(network, head), lambda progress, found: None, args.evaluations, "mtp", team, warmup_steps=20,
     )  # fmt: skip
     if args.resume:
         trainer.resume()

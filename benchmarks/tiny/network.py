@@ -198,6 +198,8 @@ class Attention(nn.Module):
 class Router(nn.Module):
     """Sigmoid scores; the correction bias takes part in the choice only."""
 
+    e_score_correction_bias: Tensor
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.top, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
@@ -238,6 +240,8 @@ class SharedExpert(nn.Module):
 
 class LatentMoE(nn.Module):
     """Routed experts in a latent space plus a shared expert at full width."""
+
+    load: Tensor
 
     def __init__(self, config: Config, scale: float) -> None:
         super().__init__()

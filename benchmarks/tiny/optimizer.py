@@ -45,7 +45,9 @@ class Muon(torch.optim.Optimizer):
 
 def build(network: nn.Module, lr: float, muon: bool = True) -> list[torch.optim.Optimizer]:
     """The optimizers of all trainable parameters of `network`."""
-    hidden, other, never = [], [], ("embeddings", "lm_head", "conv1d", "gate")
+    hidden: list[Tensor] = []
+    other: list[Tensor] = []
+    never = ("embeddings", "lm_head", "conv1d", "gate")
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             matrix = parameter.ndim >= 2 and not any(part in name for part in never)

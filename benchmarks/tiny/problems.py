@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from benchmarks.tiny import phrases, traces
@@ -93,7 +94,7 @@ def make_subtract(rng: random.Random) -> Problem:
     return build("sub", phrases.ask(rng, phrases.SUBTRACT, a=a, b=b), traces.subtract(a, b), "-", (a, b))
 
 
-def make_multiply(category: str, lengths: tuple[tuple[int, int], ...]):
+def make_multiply(category: str, lengths: tuple[tuple[int, int], ...]) -> Callable[[random.Random], Problem]:
     """A maker for products of the given operand lengths."""
 
     def make(rng: random.Random) -> Problem:
@@ -126,6 +127,7 @@ def make_word(rng: random.Random) -> Problem:
     thing = rng.choice(phrases.THINGS)
     kind = rng.choices(("+", "-", "*", "?", "++"), (3, 3, 3, 1, 2))[0]
     values = {"n": n, "m": m, "k": k, "o": thing, "h": rng.choice(phrases.HOLDERS)}
+    operands: tuple[int, ...]
     if kind == "*":
         operands = (number(rng, rng.randint(1, 2)), number(rng, rng.randint(1, 2)))
         wording, worked = rng.choice(phrases.WORD_MULTIPLY), traces.multiply(*operands)
@@ -166,7 +168,11 @@ def make_chat(rng: random.Random) -> Problem:
     """Everything that is not arithmetic the model can do; the trace is the name of the situation."""
     kinds = ("greeting", "thanks", "goodbye", "who", "not arithmetic", "not clear", "division", "too long", "one step")
     kind = rng.choices((*kinds, "not whole"), (3, 1.5, 1, 2, 6, 4, 4, 6, 2.5, 2.5))[0]
-    values = {"a": number(rng, rng.randint(1, 4)), "b": number(rng, rng.randint(1, 4)), "c": number(rng, 1)}
+    values: dict[str, object] = {
+        "a": number(rng, rng.randint(1, 4)),
+        "b": number(rng, rng.randint(1, 4)),
+        "c": number(rng, 1),
+    }
     values["o"] = rng.choice(phrases.THINGS)
     fixed = {"greeting": phrases.GREETINGS, "thanks": phrases.THANKS, "goodbye": phrases.GOODBYES, "who": phrases.WHO}
     if kind in fixed:

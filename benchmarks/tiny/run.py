@@ -34,7 +34,7 @@ class Progress:
         """The spent share of the budget."""
         return min(1.0, self.elapsed / (60 * self.minutes))
 
-    def learning_rate(self, peak: float, warmup_steps: int = 100, stable: float = 0.45, floor: float = 0.01) -> float:
+    def learning_rate(self, peak: float, warmup_steps: int, stable: float = 0.45, floor: float = 0.01) -> float:
         """Warm up by steps, hold, then fall linearly with the wall clock, so that any machine ends on time."""
         falling = max(0.0, self.done - stable) / (1 - stable)
         return peak * min(1.0, (self.step + 1) / warmup_steps) * (1 - (1 - floor) * falling)
@@ -58,6 +58,7 @@ class Trainer:
     evaluations: int
     name: str
     team: Team = field(default_factory=Team)
+    warmup_steps: int = 100
 
     @property
     def checkpoint(self) -> Path:
@@ -88,7 +89,8 @@ class Trainer:
     def update(self) -> None:
         """Average the gradients over the team, clip and apply them, and balance the experts."""
         trained = [each for module in self.modules.values() for each in module.parameters() if each.requires_grad]
-        self.team.average([each.grad for each in trained] + loads(self.modules.values()))
+        gradients = [each.grad for each in trained if each.grad is not None]
+        self.team.average(gradients + loads(self.modules.values()))
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -105,44 +107,47 @@ class Trainer:
             print(json.dumps(line), file=file)
         tqdm.write(json.dumps(line))
 
+    def set_rate(self) -> float:
+        rate = self.progress.learning_rate(self.peak, self.warmup_steps)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        return rate
+
+    def examine(self) -> None:
+        """Evaluate on the leader, tell everyone, and write it down."""
+        self.progress.evaluations = int(self.progress.done * self.evaluations)
+        found = self.team.told(self.evaluate() if self.team.leads else None)
+        self.adapt(self.progress, found)
+        self.log(**{name: round(value, 3) for name, value in found.items()})
+
     def run(self) -> None:
         """The loop. Evaluates at evenly spaced shares of the budget and saves every two minutes."""
         progress = self.progress
         clock, logged, saved = time.monotonic() - progress.elapsed, progress.elapsed, progress.elapsed
         losses: list[float] = []
-        with tqdm(
-            total=100,
-            unit="%",
-            desc=self.name,
-            disable=None if self.team.leads else True,
-            bar_format="{l_bar}{bar}| {postfix}",
-        ) as bar:
-            while progress.done < 1:
-                rate = progress.learning_rate(self.peak)
-                for optimizer in self.optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate
-                loss, tokens = self.step(progress)
-                self.update()
-                losses.append(loss)
-                progress.step, progress.tokens = progress.step + 1, progress.tokens + tokens
-                progress.elapsed = self.team.told(time.monotonic() - clock)
-                if progress.elapsed - logged > LOG_SECONDS:
-                    speed = len(losses) * tokens / (progress.elapsed - logged)
-                    mean = round(sum(losses) / len(losses), 4)
-                    self.log(loss=mean, rate=round(rate, 6), tokens_per_second=round(speed))
-                    logged, losses = progress.elapsed, []
-                if progress.done >= (progress.evaluations + 1) / self.evaluations:
-                    progress.evaluations = int(progress.done * self.evaluations)
-                    found = self.team.told(self.evaluate() if self.team.leads else None)
-                    self.adapt(progress, found)
-                    self.log(**{name: round(value, 3) for name, value in found.items()})
-                    logged, losses = time.monotonic() - clock, []
-                if progress.elapsed - saved > SAVE_SECONDS:
-                    self.save()
-                    saved = progress.elapsed
-                bar.update(100 * progress.done - bar.n)
-                bar.set_postfix(step=progress.step, loss=f"{loss:.3f}")
+        silent = None if self.team.leads else True
+        bar = tqdm(total=100, desc=self.name, disable=silent, bar_format="{l_bar}{bar}| {postfix}")
+        while progress.done < 1:
+            rate = self.set_rate()
+            loss, tokens = self.step(progress)
+            self.update()
+            losses.append(loss)
+            progress.step, progress.tokens = progress.step + 1, progress.tokens + tokens
+            progress.elapsed = self.team.told(time.monotonic() - clock)
+            if progress.elapsed - logged > LOG_SECONDS:
+                speed = len(losses) * tokens / (progress.elapsed - logged)
+                mean = sum(losses) / len(losses)
+                self.log(loss=round(mean, 4), rate=round(rate, 6), tokens_per_second=round(speed))
+                logged, losses = progress.elapsed, []
+            if progress.done >= (progress.evaluations + 1) / self.evaluations:
+                self.examine()
+            if progress.elapsed - saved > SAVE_SECONDS:
+                self.save()
+                saved = progress.elapsed
+            bar.update(100 * progress.done - bar.n)
+            bar.set_postfix(step=progress.step, loss=f"{loss:.3f}")
+        bar.close()
         self.save()
 
 

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from headrace.engine import Finished
 from headrace.engine.serve.access import Access
 from headrace.engine.serve.bodies import Answer, Chunks, Envelope, check_finished
-from headrace.engine.serve.errors import ApiError, from_engine, internal
+from headrace.engine.serve.errors import ApiError, from_engine, internal, unavailable
 from headrace.engine.serve.profiles import EVENTS, NIM, Profile
 from headrace.engine.serve.protocol import ChatCall, check_model, parse_chat
 from headrace.engine.serve.service import MAX_BODY_BYTES, Service
@@ -117,9 +117,11 @@ class ChatCompletions:
         service = self._service
         body = await read_body(request, service.max_body_bytes)
         engine = service.admit()
-        call = parse_chat(body, request.headers.get("accept"), service.profile, service.name_of(engine))
         with service.request():
-            stream, prompt_ids = await _open_stream(engine, call)
+            # A long prompt must not hold up the other streams: parsing, rendering and encoding go to a worker thread.
+            call, stream, prompt_ids = await to_thread.run_sync(
+                _submit, engine, body, request.headers.get("accept"), service.profile, service.name_of(engine)
+            )
             with service.hold(stream):
                 async with abort_on_disconnect(receive, stream):
                     envelope = self._envelope(engine, prompt_ids, call, scope["state"]["request_id"])
@@ -139,15 +141,14 @@ class ChatCompletions:
         )
 
 
-async def _open_stream(engine: Engine, call: ChatCall) -> tuple[Stream, list[int] | None]:
-    """Render, encode and submit on a worker thread: a long prompt must not hold up the other streams."""
-
-    def submit() -> tuple[Stream, list[int] | None]:
-        prompt_ids = engine.prompt_ids(call.messages, call.options).ids if call.return_token_ids else None
-        return engine.chat_stream(call.messages, call.params, call.options), prompt_ids
-
+def _submit(
+    engine: Engine, body: bytes, accept: str | None, profile: Profile, served: str
+) -> tuple[ChatCall, Stream, list[int] | None]:
+    """Hand a request to the engine; the prompt's ids too if they were asked for. Raises ApiError."""
     try:
-        return await to_thread.run_sync(submit)
+        call = parse_chat(body, accept, profile, served)
+        prompt_ids = engine.prompt_ids(call.messages, call.options).ids if call.return_token_ids else None
+        return call, engine.chat_stream(call.messages, call.params, call.options), prompt_ids
     except Exception as error:
         refusal = from_engine(error)
         if refusal is None:
@@ -214,7 +215,10 @@ async def _live(request: Request) -> Response:
 
 
 async def _ready(service: Service, request: Request) -> Response:
-    return JSONResponse({"status": "ready", "model": service.name_of(service.admit())})
+    engine = service.admit()
+    if not engine.accepting:
+        raise unavailable("the engine has stopped", "stopped")
+    return JSONResponse({"status": "ready", "model": service.name_of(engine)})
 
 
 def _respond(error: ApiError) -> Response:

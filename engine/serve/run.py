@@ -5,7 +5,9 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from copy import deepcopy
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -26,7 +28,11 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, app: Starlette, *, drain_seconds: float = 60, log_level: str = "warning") -> None:
         config = uvicorn.Config(
-            app, log_level=log_level, server_header=False, timeout_graceful_shutdown=ABORT_GRACE_SECONDS
+            app,
+            log_level=log_level,
+            log_config=log_config(log_level),
+            server_header=False,
+            timeout_graceful_shutdown=ABORT_GRACE_SECONDS,
         )
         super().__init__(config)
         self.service: Service = app.state.service
@@ -54,6 +60,14 @@ class DrainingServer(uvicorn.Server):
                 self.service.abort_all()
             self.should_exit |= not self.service.in_flight or now >= self._deadline
         return await super().on_tick(counter)
+
+
+def log_config(level: str) -> dict[str, Any]:
+    """uvicorn's logging and ours, all of it on stderr."""
+    config = deepcopy(uvicorn.config.LOGGING_CONFIG)
+    config["handlers"]["access"]["stream"] = config["handlers"]["default"]["stream"]
+    config["loggers"]["headrace"] = {"handlers": ["default"], "level": level.upper(), "propagate": False}
+    return config
 
 
 def listen(host: str, port: int) -> socket.socket:

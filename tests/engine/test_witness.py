@@ -7,7 +7,9 @@ import pytest
 import torch
 from checkpoints import Checkpoint, make_checkpoint
 from driver import Driver, random_prompt
+from transformers import NemotronHForCausalLM
 
+from headrace.engine.engine import EMBEDDED_MODEL
 from headrace.engine.model import NemotronH, load_model
 
 TOLERANCE = 1e-4
@@ -108,3 +110,19 @@ def test_greedy_continuations(pair):
         close += int((margins > 0).sum())
         total += len(tokens)
     assert close <= 0.01 * total
+
+
+def test_the_embedded_model():
+    """The files that come with the package, read by transformers as any published checkpoint."""
+    witness = NemotronHForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32).eval()
+    for layer in witness.model.layers:
+        if hasattr(layer.mixer, "time_step_limit"):
+            layer.mixer.time_step_limit = (0.0, float("inf"))
+    model = load_model(EMBEDDED_MODEL)
+    prompt = random_prompt(200, model.config.vocab_size, 0)
+    with torch.no_grad():
+        expected = witness(torch.tensor([prompt]), use_cache=False).logits[0]
+    actual = Driver(model, 1).step(chunks={0: prompt})
+    scale = torch.maximum(expected.abs(), expected.square().mean(-1, keepdim=True).sqrt())
+    assert float(((actual - expected).abs() / scale).max()) < TOLERANCE
+    assert model.mtp is not None

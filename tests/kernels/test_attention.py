@@ -29,6 +29,7 @@ CASES = [
     Case((300, 17, 256), heads=6, kv_heads=3, width=7, page_size=7),
     Case((131, 40), heads=32, kv_heads=2, width=24, page_size=128),
     Case((5, 270), heads=4, kv_heads=4, width=16, page_size=300),
+    Case((1300, 40, 700, 5), heads=4, kv_heads=1),
     Case((200, 3), dtype=torch.bfloat16),
 ]
 

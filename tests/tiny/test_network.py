@@ -91,7 +91,7 @@ def test_export_layout(network, head, tmp_path):
 
 def test_mtp_drafts_have_one_row_per_wanted_token(network, head, batch):
     learned = batch.targets >= 0
-    for depth, (scores, wanted) in enumerate(mtp.drafts(network, head, batch), 1):
+    for depth, (scores, wanted) in enumerate(mtp.drafts(network, network, head, batch), 1):
         inside = (batch.document == mtp.ahead(batch.document, depth, -1)) & mtp.ahead(learned.int(), depth, 0).bool()
         assert scores.shape == (int(inside.sum()), SMALL.vocab_size)
         assert wanted.shape == scores.shape[:1]
@@ -121,14 +121,14 @@ def test_learning_rate_follows_the_clock():
     rates = []
     for minutes in (0, 4, 7, 10):
         progress.elapsed = 60 * minutes
-        rates.append(progress.learning_rate(1.0))
+        rates.append(progress.learning_rate(1.0, 100))
     assert rates == [1.0, 1.0, pytest.approx(0.55), pytest.approx(0.01)]
 
 
 def test_resume_continues_exactly(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "Config", lambda: SMALL)
     monkeypatch.setattr(train, "accuracy", lambda network: dict.fromkeys(problems.CATEGORIES, 1.0))
-    monkeypatch.setattr(Progress, "learning_rate", lambda self, peak: peak)
+    monkeypatch.setattr(Progress, "learning_rate", lambda self, peak, warmup_steps: peak)
 
     def run(folder, steps, *options):
         monkeypatch.setattr(Progress, "done", property(lambda self: min(1.0, self.step / steps)))

@@ -1,8 +1,10 @@
-"""Real tokenizers in checkpoint folders: mistral-common's sentencepiece models, and its Tekken vocabulary written as a
-tokenizer.json with Nemotron 3's special tokens at Nemotron 3's ids; both with the embedded model's chat template.
+"""Tokenizers in checkpoint folders with the embedded model's chat template: mistral-common's sentencepiece models, its
+Tekken vocabulary written as a tokenizer.json with Nemotron 3's special tokens at Nemotron 3's ids, and a small
+sentencepiece model of the embedded model's kind.
 """
 
 import base64
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -10,9 +12,15 @@ from pathlib import Path
 
 import mistral_common
 import pytest
+import sentencepiece
+from hypothesis import HealthCheck, settings
 
 from headrace import engine
 from headrace.tokenizer import MarkedTokenizer, load
+
+# Clocks decide nothing here: a busy machine must not fail a property.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 DATA = Path(mistral_common.__file__).parent / "data"
 SENTENCEPIECE = ("tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3")
@@ -36,6 +44,22 @@ def write_sentencepiece(folder: Path, model: str) -> Path:
     }
     _write(folder, "tokenizer_config.json", {"eos_token": "<|im_end|>", "added_tokens_decoder": added})
     _write(folder, "generation_config.json", {"eos_token_id": [2, first + 1], "bos_token_id": 1})
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def write_small_sentencepiece(folder: Path) -> Path:
+    """Markers as control symbols, single characters as user-defined ones, no dummy space, byte fallback."""
+    model = io.BytesIO()
+    sentences = ["12 + 34 = 46", "hello there, what is 5 times 6?", "think of <x> and [y] | or not", "system user"] * 50
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=360, unk_id=0, bos_id=1,
+        eos_id=2, pad_id=-1, normalization_rule_name="identity", add_dummy_prefix=False, byte_fallback=True,
+        remove_extra_whitespaces=False, split_digits=True, hard_vocab_limit=False, character_coverage=1.0,
+        control_symbols=list(MARKERS), user_defined_symbols=["\n", "+", "<", ">"], num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    _write(folder, "generation_config.json", {"eos_token_id": [2, 4], "bos_token_id": 1})
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
@@ -114,13 +138,16 @@ def write_tekken(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The checkpoint folder of a kind: "tekken" or one of SENTENCEPIECE. Written once per session."""
+    """The checkpoint folder of a kind: "tekken", "small" or one of SENTENCEPIECE. Written once per session."""
     made: dict[str, Path] = {}
 
     def folder(kind: str) -> Path:
         if kind not in made:
             empty = tmp_path_factory.mktemp("checkpoint")
-            made[kind] = write_tekken(empty) if kind == "tekken" else write_sentencepiece(empty, kind)
+            if kind == "tekken":
+                made[kind] = write_tekken(empty)
+            else:
+                made[kind] = write_small_sentencepiece(empty) if kind == "small" else write_sentencepiece(empty, kind)
         return made[kind]
 
     return folder
@@ -138,7 +165,7 @@ def tokenizers(folders: Callable[[str], Path]) -> Callable[[str], MarkedTokenize
     return tokenizer
 
 
-@pytest.fixture(scope="session", params=("tekken", *SENTENCEPIECE))
+@pytest.fixture(scope="session", params=("tekken", "small", *SENTENCEPIECE))
 def kind(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name

@@ -318,6 +318,38 @@ def test_a_character_broken_off_by_a_change_of_channel() -> None:
     assert stream.finish() == [Piece("content", "\ufffd", (3,))]
 
 
+@pytest.mark.parametrize("marker", [THINK, END_THINK, EOS])
+def test_a_marker_without_text_ends_a_character(marker: int) -> None:
+    tokenizer = made_of(b"\xf0\x9f", b"\x98\x80")
+    first, second = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
+    pieces = streamed(TextStream(tokenizer), [(first, False), (marker, False), (second, False)])
+    assert joined(pieces, "content") == "\ufffd" * 3
+    assert pieces[0] == Piece("content", "\ufffd", (0,))
+
+
+def test_a_token_behind_a_broken_character_begins_behind_it() -> None:
+    tokenizer = made_of("EN", b"\x80EN", b"\xa9EN")
+    behind, stray, whole = tokenizer.vocab_size - 3, tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
+    for token, shown, rest in (
+        (behind, Piece("content", "\ufffd", (0,)), Piece("content", "EN", (1,))),
+        (stray, Piece("content", "\ufffd\ufffd", (0, 1)), Piece("content", "EN", ())),
+        (whole, Piece("content", "é", (0, 1)), Piece("content", "EN", ())),
+    ):
+        stream = TextStream(tokenizer, stop=["END"])
+        start = 0xF0 if token == stray else 0xC3
+        assert stream.push(FIRST_BYTE + start, False) is None
+        assert stream.push(token, False) == shown
+        assert stream.finish() == [rest]
+
+
+def test_nothing_is_shown_behind_a_stop_even_of_the_other_channel() -> None:
+    tokenizer = made_of("a")
+    stream = TextStream(tokenizer, stop=["\ufffd"])
+    assert stream.push(FIRST_BYTE + 0xE2, False) is None
+    assert stream.push(tokenizer.vocab_size - 1, True) is None
+    assert (stream.stop_string, stream.finish()) == ("\ufffd", [])
+
+
 @given(parts=st.lists(st.text("ab\n ", min_size=1, max_size=3), max_size=12), stops=STOPS)
 @example(parts=["ab"], stops=["b"])
 def test_every_shown_token_is_named_with_its_first_character(parts: list[str], stops: list[str]) -> None:

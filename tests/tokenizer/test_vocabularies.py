@@ -2,6 +2,8 @@
 
 import base64
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +48,11 @@ NASTY = (
 def normal_text() -> st.SearchStrategy[str]:
     """Any Unicode text but U+2581, which sentencepiece spells spaces with."""
     return st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\u2581"), max_size=40)
+
+
+def test_never_imports_torch() -> None:
+    code = "import sys, headrace.tokenizer; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("text", NASTY)

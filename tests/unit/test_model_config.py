@@ -2,12 +2,15 @@
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 
 from headrace.engine.config import ConfigError, LayerKind, ModelConfig
-from headrace.engine.footprint import footprint
+from headrace.engine.model import Caches
+from headrace.engine.model.weights.names import memory_shapes, places
 
 SUPER_PATTERN = (
     "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME"
@@ -50,25 +53,46 @@ def test_super_as_published():
     assert config.moe.latent_size == 1024
 
 
-def test_published_sizes():
-    """The numbers of the releases' own tensor headers; here each router's bias counts as well."""
-    sizes = footprint(ModelConfig.from_json(SUPER))
-    assert sizes.parameters == 123_611_033_088
-    parts = {part.name: part for part in sizes.parts}
-    assert parts["mtp"].parameters == 2_942_324_736 + 512
-    assert sizes.parameters - parts["mtp"].parameters == 120_668_687_360 + 40 * 512
-    assert sizes.active_parameters == 12_770_216_960 + 40 * 512
-    assert parts["mamba"].parameters == 40 * 109_640_064
-    assert parts["attention"].parameters == 8 * 35_655_680
-    assert parts["moe"].layers == 40
-    assert sizes.kv_bytes_per_token(2) == 8 * 1024
-    assert sizes.ssm_values_per_sequence * 4 == 160 * 2**20
-    assert sizes.conv_values_per_sequence * 2 == 40 * 60 * 1024
-    assert sizes.state_bytes_per_sequence(2) == 160 * 2**20 + 40 * 60 * 1024
+def parameters(config: ModelConfig) -> Counter[str]:
+    """Parameters of each part; of the model's own layers by their letter, and apart those of unused experts."""
+    sizes: Counter[str] = Counter()
+    for name, shape in memory_shapes(config).items():
+        size = math.prod(shape)
+        head, _, rest = name.partition(".")
+        part = config.layers[int(rest.partition(".")[0])].value if head == "layers" else head
+        sizes[part] += size
+        if ".experts." in name and head == "layers":
+            sizes["unused"] -= size // shape[0] * (shape[0] - config.moe.top_k)
+    return sizes
 
-    nano = footprint(ModelConfig.from_json(NANO))
-    assert round(nano.parameters / 1e9, 3) == 31.578
-    assert round(nano.active_parameters / 1e9, 3) == 3.580
+
+def test_published_sizes():
+    """The numbers of the releases' own tensor headers, which count each router's bias."""
+    config = ModelConfig.from_json(SUPER)
+    sizes = parameters(config)
+    unused = sizes.pop("unused")
+    assert sizes.total() == 123_611_033_088
+    assert sizes["mtp"] == 2_942_324_736 + 512
+    assert sizes.total() - sizes["mtp"] == 120_668_687_360 + 40 * 512
+    assert sizes.total() - sizes["mtp"] + unused == 12_770_216_960 + 40 * 512
+    assert sizes["M"] == 40 * 109_640_064
+    assert sizes["*"] == 8 * 35_655_680
+    assert sizes["E"] == 40 * (2_873_102_336 + 512)
+    # Files hold experts one by one.
+    assert len(places(config)) == len(memory_shapes(config)) + 41 * 2 * (512 - 1)
+
+    nano = parameters(ModelConfig.from_json(NANO))
+    unused = nano.pop("unused")
+    assert round(nano.total() / 1e9, 3) == 31.578
+    assert round((nano.total() + unused) / 1e9, 3) == 3.580
+
+
+def test_cache_sizes():
+    config = ModelConfig.from_json(SUPER)
+    caches = Caches.allocate(config, 1, 1, 1, device="meta", dtype=torch.bfloat16)
+    assert sum(layer.nbytes for layer in (*caches.keys, *caches.values)) == 8 * 1024
+    assert sum(layer.nbytes for layer in caches.ssm) == 160 * 2**20
+    assert sum(layer.nbytes for layer in caches.conv) == 40 * 60 * 1024
 
 
 NAMES = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
