@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
 from headrace.engine.config import ModelConfig
+from headrace.engine.engine import EMBEDDED_MODEL
 from headrace.engine.loop import EngineLoop, Inbox
 from headrace.engine.model.batch import Batch, Caches
 from headrace.engine.run.memory import CacheSizes
@@ -13,12 +16,16 @@ from headrace.engine.run.runner import Runner
 from headrace.engine.schedule.plan import SlotParams, StepPlan, StepResult
 from headrace.engine.schedule.scheduler import Limits, Scheduler
 from headrace.engine.schedule.sequence import Sequence
+from headrace.engine.stream import ChoiceReader
 from headrace.engine.waiting import ThreadWaiter
 from headrace.kernels.control import ControlIds, Phase
+from headrace.tokenizer import TextStream
+from headrace.tokenizer import load as load_tokenizer
 
 PAGE_SIZE = 16
 CONTEXT = 4096
 CHUNK = 128
+TOKEN = 300  # an ordinary piece of the embedded model's vocabulary
 
 # The caches of this configuration are a few bytes: the host's part does not depend on their size.
 SMALL = {
@@ -40,21 +47,31 @@ class NoModel:
 
 
 class DecodingBatch:
-    """``count`` sequences that decode; one plan is in flight."""
+    """``count`` sequences that decode, each its own request with its own reader; one plan is in flight.
 
-    def __init__(self, count: int) -> None:
+    ``stops``: every request has a stop string, so the engine thread makes the text of every token.
+    """
+
+    def __init__(self, count: int, stops: bool = False) -> None:
         pages = count * (CONTEXT // PAGE_SIZE)
         self.scheduler = Scheduler(Limits(count, pages, PAGE_SIZE, CHUNK, CHUNK + count, CHUNK, CONTEXT))
         sizes = CacheSizes(count, pages, PAGE_SIZE, CONTEXT, 1, 1)
         caches = Caches.allocate(ModelConfig.from_json(SMALL), count, 1, PAGE_SIZE)
         self.runner = Runner(NoModel(), caches, sizes, ControlIds(eos=()), "cpu")
         self.loop = EngineLoop(self.scheduler, self.runner, count, 64)
-        waiter = ThreadWaiter()
+        tokenizer = load_tokenizer(EMBEDDED_MODEL)
+        self.readers = []
         for i in range(count):
             params = SlotParams(CONTEXT, 1.0, 1.0, i, 0, False, -1, True)
-            sequence = Sequence(np.arange(1 + i % PAGE_SIZE, dtype=np.int64) % 60, params, sink=Inbox(waiter))
+            inbox = Inbox(ThreadWaiter())
+            sequence = Sequence(np.arange(1 + i % PAGE_SIZE, dtype=np.int64) % 60, params, sink=inbox)
+            text = TextStream(tokenizer, stop=("never",) if stops else ())
+            control = self.runner.control
+            self.readers.append(
+                ChoiceReader(0, inbox, text, tokenizer, control, 1, partial(self.loop.abort, sequence), stops=stops)
+            )
             self.scheduler.submit(sequence)
-            self.loop._live.add(sequence)
+            self.loop._live[sequence] = None
         plan = self.scheduler.schedule()
         while len(self.scheduler._decoding) < count or len(plan.decode_slots) < count:
             self.runner._move_sequences(plan)
@@ -65,7 +82,9 @@ class DecodingBatch:
 
     @staticmethod
     def result(rows: int) -> StepResult:
-        return StepResult(np.full(rows, 7, np.int64), np.full(rows, int(Phase.OFF), np.int64), np.zeros(rows, np.int64))
+        return StepResult(
+            np.full(rows, TOKEN, np.int64), np.full(rows, int(Phase.OFF), np.int64), np.zeros(rows, np.int64)
+        )
 
     def host_step(self) -> Batch:
         """From a StepResult to the next launch: commit, hand out tokens, schedule, build the input tensors."""
@@ -74,6 +93,10 @@ class DecodingBatch:
         assert plan is not None
         self.runner._move_sequences(plan)
         return self.runner.inputs(plan)
+
+    def read(self) -> int:
+        """What the readers do with one step's tokens, in their own threads: text and events."""
+        return sum(len(reader.events()) for reader in self.readers)
 
     def plan_step(self) -> StepPlan:
         """The scheduler alone: commit and schedule."""

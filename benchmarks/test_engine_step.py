@@ -26,7 +26,7 @@ def test_decode_step(benchmark: Any, count: int) -> None:
             prompt = np.arange(20, 24 + i % 4, dtype=np.int64)
             sequence = Sequence(prompt, params, sink=Inbox(waiter))
             scheduler.submit(sequence)
-            loop._live.add(sequence)
+            loop._live[sequence] = None
 
         def step() -> int:
             plan = scheduler.schedule()

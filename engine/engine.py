@@ -6,7 +6,9 @@ import asyncio
 import secrets
 import threading
 import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -14,7 +16,7 @@ from typing import Any, overload
 import numpy as np
 
 from headrace.engine.config import ModelConfig
-from headrace.engine.errors import ContextExceeded, GenerationError, RequestError
+from headrace.engine.errors import ContextExceeded, EngineClosed, GenerationError, QueueFull, RequestError
 from headrace.engine.loop import EngineLoop, Inbox, MaskState
 from headrace.engine.model.batch import Caches
 from headrace.engine.model.load import load_model
@@ -98,6 +100,10 @@ class Engine:
         self.model_name = name
         self.tokenizer = tokenizer
         self.control = control_ids(tokenizer, config.closing_text)
+        if (highest := max(self.control.eos + self.control.closing, default=0)) >= model_config.vocab_size:
+            raise ValueError(
+                f"the tokenizer's control id {highest} is outside the model's vocabulary of {model_config.vocab_size}"
+            )
         self._template = template
         allocate = partial(Caches.allocate, model_config)
         self.sizes: CacheSizes = plan_caches(
@@ -136,7 +142,7 @@ class Engine:
     ) -> Completion:
         """Answer a conversation. Raises RequestError, ContextExceeded, QueueFull, GenerationError."""
         params = params or SamplingParams()
-        return self._collect([self.chat_stream(messages, params, options)], [params])[0]
+        return self._finish(self.chat_stream(messages, params, options), params)
 
     def chat_stream(
         self,
@@ -151,6 +157,7 @@ class Engine:
         return self._submit(
             rendered.ids,
             params,
+            field="messages",
             thinking=rendered.thinking,
             budget=budget,
             raw=False,
@@ -182,37 +189,65 @@ class Engine:
     def generate(
         self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None
     ) -> Completion | list[Completion]:
-        """Continue a prompt (text in which markers are markers, or ids), or many prompts at once.
+        """Continue a prompt (text in which markers are markers, or ids), or any number of prompts at once.
 
-        Everything generated is content; the budget does not act. Raises what ``chat`` raises.
+        Everything generated is content; the budget does not act. One prompt raises what ``chat`` raises. Of many, all
+        are checked before the first runs; one that fails later is a Completion with finish_reason "error".
         """
         params = params or SamplingParams()
         if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))):
-            return self._collect([self.generate_stream(prompt, params)], [params])[0]  # type: ignore[arg-type]
-        streams: list[Stream] = []
-        waiter = ThreadWaiter()
-        try:
-            for one in prompt:
-                streams.append(self._raw(one, params, waiter))  # type: ignore[arg-type]
-            return self._collect(streams, [params] * len(streams), waiter)
-        except BaseException:
-            for stream in streams:
-                stream.abort()
-            raise
+            return self._finish(self.generate_stream(prompt, params), params)  # type: ignore[arg-type]
+        ids = [self._prompt_ids(one) for one in prompt]  # type: ignore[arg-type]
+        for one in ids:
+            self._check_prompt(one, "prompt")
+        return self._generate_many(ids, params)
 
     def generate_stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Continue one prompt as a stream."""
-        return self._raw(prompt, params or SamplingParams(), ThreadWaiter())
+        return self._raw(self._prompt_ids(prompt), params or SamplingParams(), ThreadWaiter())
 
-    def _raw(self, prompt: Prompt, params: SamplingParams, waiter: ThreadWaiter) -> Stream:
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             try:
-                ids = self.tokenizer.encode_with_markers(prompt)
+                return self.tokenizer.encode_with_markers(prompt)
             except TokenizerError as error:
                 raise RequestError(str(error), param="prompt") from error
-        else:
-            ids = [_token_id(t, self.model_config.vocab_size) for t in prompt]
-        return self._submit(ids, params, thinking=False, budget=-1, raw=True, waiter=waiter)
+        if isinstance(prompt, (bytes, bytearray, Mapping)) or not hasattr(prompt, "__iter__"):
+            raise RequestError(f"a prompt is text or token ids, got {type(prompt).__name__}", param="prompt")
+        return [_token_id(token, self.model_config.vocab_size) for token in prompt]
+
+    def _raw(self, ids: Sequence[int], params: SamplingParams, waiter: ThreadWaiter) -> Stream:
+        return self._submit(ids, params, field="prompt", thinking=False, budget=-1, raw=True, waiter=waiter)
+
+    def _generate_many(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
+        """All prompts, a few more at a time than decode together; a full queue makes this wait, not fail."""
+        waiter = ThreadWaiter()
+        waiting = deque(enumerate(prompts))
+        running: dict[int, tuple[Stream, Collector]] = {}
+        done: dict[int, Completion] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < 2 * self.config.max_sequences:
+                    index, ids = waiting[0]
+                    try:
+                        stream = self._raw(ids, params, waiter)
+                    except QueueFull:
+                        if not running:
+                            raise
+                        break
+                    running[index] = stream, Collector(stream, params)
+                    waiting.popleft()
+                waiter.wait_until(partial(_any_ready, [stream for stream, _ in running.values()]))
+                for index, (stream, collector) in list(running.items()):
+                    for event in stream.poll():
+                        collector.add(event)
+                    if stream.done:
+                        done[index] = collector.completion()
+                        del running[index]
+        finally:
+            for stream, _ in running.values():
+                stream.abort()
+        return [done[index] for index in range(len(prompts))]
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -247,41 +282,48 @@ class Engine:
 
     # --- inside -------------------------------------------------------------------------------------------------
 
+    def _check_prompt(self, ids: Sequence[int], field: str) -> None:
+        if not ids:
+            raise RequestError("the prompt is empty", param=field)
+        if len(ids) >= self.max_context:
+            raise ContextExceeded(len(ids), self.max_context, field)
+        if (highest := max(ids)) >= self.model_config.vocab_size:
+            vocab = self.model_config.vocab_size
+            raise RequestError(f"the prompt has token id {highest}; the model's vocabulary is {vocab}", param=field)
+
     def _submit(
         self,
         ids: Sequence[int],
         params: SamplingParams,
         *,
+        field: str,
         thinking: bool,
         budget: int,
         raw: bool,
         waiter: ThreadWaiter | None = None,
         content_from_reasoning: bool = False,
     ) -> Stream:
-        if not ids:
-            raise RequestError("the prompt is empty", param="prompt")
-        room = self.max_context - len(ids)
-        if room < 1:
-            raise ContextExceeded(len(ids), self.max_context)
+        self._check_prompt(ids, field)
         prompt = np.array(ids, np.int64)
-        seed = secrets.randbits(64) if params.seed is None else params.seed
+        slot_params = SlotParams(
+            max_tokens=min(params.max_tokens, self.max_context - len(ids)),
+            temperature=params.temperature,
+            top_p=params.top_p,
+            seed=secrets.randbits(64) if params.seed is None else params.seed,
+            choice=0,
+            thinking=thinking,
+            budget=budget,
+            ignore_eos=params.ignore_eos,
+        )
         waiter = waiter or ThreadWaiter()
+        logprobs = params.logprobs or params.top_logprobs > 0
         batch, readers, masks = [], [], []
         for choice in range(params.n):
             inbox = Inbox(waiter)
             sequence = sequences.Sequence(
                 prompt,
-                SlotParams(
-                    min(params.max_tokens, room),
-                    params.temperature,
-                    params.top_p,
-                    seed,
-                    choice,
-                    thinking,
-                    budget,
-                    params.ignore_eos,
-                ),
-                logprobs=params.logprobs or params.top_logprobs > 0,
+                replace(slot_params, choice=choice),
+                logprobs=logprobs,
                 top_logprobs=params.top_logprobs,
                 sink=inbox,
             )
@@ -297,7 +339,8 @@ class Engine:
                     self.control,
                     len(prompt),
                     partial(self._loop.abort, sequence),
-                    logprobs=sequence.logprobs,
+                    stops=bool(params.stop),
+                    logprobs=logprobs,
                     content_from_reasoning=content_from_reasoning,
                 )
             )
@@ -311,25 +354,19 @@ class Engine:
                 waiter = self._loop_waiters[loop] = LoopWaiter(loop)
             return waiter
 
-    def _collect(
-        self, streams: list[Stream], params: list[SamplingParams], waiter: ThreadWaiter | None = None
-    ) -> list[Completion]:
-        collectors = [Collector(s, p.n, p.logprobs or p.top_logprobs > 0) for s, p in zip(streams, params, strict=True)]
-        if waiter is None:
-            for event in streams[0]:
-                collectors[0].add(event)
-        else:
-            open_streams = list(zip(streams, collectors, strict=True))
-            while open_streams:
-                waiter.wait_until(partial(_any_ready, [s for s, _ in open_streams]))
-                for stream, collector in open_streams:
-                    for event in stream.poll():
-                        collector.add(event)
-                open_streams = [(s, c) for s, c in open_streams if not s.done]
-        for collector in collectors:
-            if collector.error is not None:
-                raise GenerationError(collector.error)
-        return [c.completion() for c in collectors]
+    def _finish(self, stream: Stream, params: SamplingParams) -> Completion:
+        """Read one request to its end; an interrupted reader aborts it."""
+        collector = Collector(stream, params)
+        with stream:
+            for event in stream:
+                collector.add(event)
+        completion = collector.completion()
+        for choice in completion.choices:
+            if choice.finish_reason == "error":
+                raise GenerationError(choice.error)
+            if choice.finish_reason == "abort":
+                raise EngineClosed("the engine was closed before the request had finished")
+        return completion
 
 
 def _any_ready(streams: Sequence[Stream]) -> bool:

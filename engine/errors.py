@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class RequestError(ValueError):
     """A request that is refused at the boundary; nothing was admitted.
@@ -14,15 +16,19 @@ class RequestError(ValueError):
         self.param = param
         self.code = code
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Picklable, for those who cross processes."""
+        return _restore, (type(self), self.args, self.__dict__)
+
 
 class ContextExceeded(RequestError):
     """The prompt alone leaves no room for a single token."""
 
-    def __init__(self, prompt_tokens: int, max_context: int) -> None:
+    def __init__(self, prompt_tokens: int, max_context: int, param: str = "messages") -> None:
         super().__init__(
             f"the prompt has {prompt_tokens} tokens; with at least one to generate, at most {max_context - 1} fit "
             f"(context {max_context})",
-            param="messages",
+            param=param,
             code="context_length_exceeded",
         )
         self.prompt_tokens = prompt_tokens
@@ -36,10 +42,21 @@ class QueueFull(RuntimeError):
         super().__init__(f"{waiting} sequences are waiting, the limit (max_waiting) is {limit}")
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Picklable, for those who cross processes."""
+        return _restore, (type(self), self.args, self.__dict__)
+
 
 class EngineClosed(RuntimeError):
     """The engine is closed or closing and takes no more requests."""
 
 
 class GenerationError(RuntimeError):
-    """A request was accepted and then failed alone: non-finite logits, a failing mask, a failing step."""
+    """A request was accepted and then failed: non-finite logits or its own mask (alone), or a failing step."""
+
+
+def _restore(kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error

@@ -52,11 +52,19 @@ class Inbox:
     """Where one sequence's tokens arrive: written by the engine thread, emptied by one reader.
 
     ``items`` holds Token, or a plain (id, phase) pair where no log-probability is wanted (the cheap form), and at the
-    end one End.
+    end one End. ``on_arrival`` is called on the engine thread after each item: it is how stop strings are found before
+    the next step, and is None for requests without them.
     """
 
     waiter: Waiter
     items: deque[Token | tuple[int, int] | End] = field(default_factory=deque)
+    on_arrival: Callable[[], None] | None = None
+
+    def put(self, item: Token | tuple[int, int] | End) -> None:
+        """Deliver one item. Raises what ``on_arrival`` raises."""
+        self.items.append(item)
+        if self.on_arrival is not None:
+            self.on_arrival()
 
 
 class MaskState:
@@ -85,9 +93,9 @@ class MaskState:
         allowed = self.mask(tuple(ids), "reasoning" if machine.phase is Phase.THINKING else "content")
         if allowed is None:
             return None
-        allowed = np.asarray(allowed, dtype=np.bool_)
-        if allowed.shape != (vocab,):
-            raise ValueError(f"a mask must have shape ({vocab},), got {allowed.shape}")
+        allowed = np.asarray(allowed)
+        if allowed.shape != (vocab,) or allowed.dtype != np.bool_:
+            raise ValueError(f"a mask must be bool ({vocab},), True = allowed; got {allowed.dtype} {allowed.shape}")
         return allowed
 
 
@@ -99,21 +107,26 @@ class Executor(Protocol):
 
 
 class EngineLoop:
-    """Runs the steps on its own thread, which starts with the first submission and ends with ``close``."""
+    """Runs the steps on its own thread, which starts with the first submission and ends with ``close``.
+
+    Every submitted sequence is in ``_live`` until its one End; both are under ``_condition``, so that closing, draining
+    and faults miss nobody.
+    """
 
     def __init__(self, scheduler: Scheduler, runner: Executor, max_waiting: int, vocab_size: int) -> None:
         self._scheduler = scheduler
         self._runner = runner
+        self._max_live = max_waiting + scheduler.limits.num_slots
         self._max_waiting = max_waiting
         self._vocab_size = vocab_size
         self._mail: deque[Callable[[], None]] = deque()
-        self._queued = 0  # sequences in the mail
         self._condition = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
         self._draining = False
-        self._live: set[Sequence] = set()  # membership only; never iterated to decide an order
-        self._masks: dict[int, MaskState] = {}  # arrival -> state
+        self._fault: str | None = None
+        self._live: dict[Sequence, None] = {}  # in order of submission
+        self._masks: dict[Sequence, MaskState] = {}
         self.steps = 0
 
     # --- from any thread ----------------------------------------------------------------------------------------
@@ -121,25 +134,32 @@ class EngineLoop:
     def submit(self, sequences: list[Sequence], masks: list[MaskState] | None = None) -> None:
         """Queue sequences, all or none. Raises QueueFull or EngineClosed."""
         with self._condition:
-            if self._closing or self._draining:
-                raise EngineClosed("the engine is closed" if self._closing else "the engine is draining")
-            waiting = self._scheduler.waiting + self._queued
-            # An idle queue takes a request of any number of choices; otherwise the limit is the limit.
-            if waiting and waiting + len(sequences) > self._max_waiting:
-                raise QueueFull(waiting, self._max_waiting)
-            self._queued += len(sequences)
-            self._mail.append(lambda: self._receive(sequences, masks))
+            if not self.accepting:
+                raise EngineClosed(
+                    self._fault or ("the engine is closed" if self._closing else "the engine is draining")
+                )
+            # An idle engine takes a request of any number of choices; otherwise the limit is the limit.
+            if self._live and len(self._live) + len(sequences) > self._max_live:
+                raise QueueFull(max(0, len(self._live) - self._scheduler.limits.num_slots), self._max_waiting)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="headrace-engine", daemon=True)
-                self._thread.start()
-            self._condition.notify()
+                thread = threading.Thread(target=self._run, name="headrace-engine", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._live.update(dict.fromkeys(sequences))
+            self._mail.append(partial(self._receive, sequences, masks))
+            self._condition.notify_all()
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence before the next step; nothing happens if it has ended."""
         with self._condition:
-            if self._thread is not None and not self._closing:
-                self._mail.append(lambda: self._abort(sequence))
-                self._condition.notify()
+            if sequence in self._live:
+                self._mail.append(partial(self._abort, sequence))
+                self._condition.notify_all()
+
+    @property
+    def accepting(self) -> bool:
+        """Whether a submission would be taken, a full queue apart."""
+        return not (self._closing or self._draining)
 
     def close(self, drain: bool = False, timeout: float | None = None) -> None:
         """Stop taking requests; with ``drain`` let what was admitted finish (at most ``timeout`` seconds), then stop.
@@ -148,68 +168,60 @@ class EngineLoop:
         """
         with self._condition:
             self._draining = True
-            if drain and self._thread is not None:
-                self._condition.wait_for(lambda: not self._live and not self._mail, timeout)
+            if drain:
+                self._condition.wait_for(lambda: self._closing or not self._live, timeout)
             self._closing = True
             thread = self._thread
             self._condition.notify_all()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    @property
-    def accepting(self) -> bool:
-        """Whether a submission would be taken, a full queue apart."""
-        return not (self._closing or self._draining)
-
     # --- on the engine thread -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        end = End(Finish.NONE, aborted=True)
         try:
             while self._read_mail():
                 plan = self._scheduler.schedule()
                 if plan is not None:
                     self._step(plan)
-            for sequence in [*self._live]:
-                self._abort(sequence)
-        except Exception as error:  # a fault of ours, not of a step: nobody may wait for ever
+        except BaseException as error:  # a fault of ours, not of a step: nobody may wait for ever
             logger.exception("the engine thread failed")
-            with self._condition:
-                self._closing = True
-                mail, self._mail = self._mail, deque()
-            for deliver in mail:
-                deliver()
-            for sequence in [*self._live]:
-                self._end(sequence, End(Finish.ERROR, error=f"the engine failed: {error}"))
+            self._fault = f"the engine failed: {error}"
+            end = End(Finish.ERROR, error=self._fault)
+        with self._condition:
+            self._closing = True
+            left = list(self._live)
+        for sequence in left:
+            self._end(sequence, end)
 
     def _read_mail(self) -> bool:
         """Take in the mail, sleeping while there is nothing to do; False once the loop is to end."""
         while True:
             with self._condition:
-                while not (self._mail or self._scheduler.running or self._scheduler.waiting or self._closing):
-                    self._condition.notify_all()  # close() may be waiting for this
-                    self._condition.wait()
-                mail = list(self._mail)
-                self._mail.clear()
+                self._condition.wait_for(lambda: self._mail or self._closing or not self._scheduler.idle)
+                mail, self._mail = self._mail, deque()
                 closing = self._closing
             for deliver in mail:
                 deliver()
             if closing:
                 return False
-            if self._scheduler.running or self._scheduler.waiting or not mail:
+            if not self._scheduler.idle:
                 return True
 
     def _receive(self, sequences: list[Sequence], masks: list[MaskState] | None) -> None:
-        with self._condition:
-            self._queued -= len(sequences)
         for i, sequence in enumerate(sequences):
             self._scheduler.submit(sequence)
-            self._live.add(sequence)
             if masks:
-                self._masks[sequence.arrival] = masks[i]
+                self._masks[sequence] = masks[i]
 
     def _abort(self, sequence: Sequence) -> None:
         if self._scheduler.abort(sequence):
             self._end(sequence, End(Finish.NONE, aborted=True))
+
+    def _fail(self, sequence: Sequence, error: str) -> None:
+        self._scheduler.abort(sequence)
+        self._end(sequence, End(Finish.ERROR, error=error))
 
     def _step(self, plan: StepPlan) -> None:
         try:
@@ -227,14 +239,13 @@ class EngineLoop:
     def _with_masks(self, plan: StepPlan) -> StepPlan:
         masks = []
         for row, sequence in enumerate(self._scheduler.rows()):
-            state = self._masks.get(sequence.arrival)
+            state = self._masks.get(sequence)
             if state is None:
                 continue
             try:
                 allowed = state.allowed(sequence.skip, self._vocab_size)
-            except Exception as error:  # a user's mask: it fails its request alone
-                self._scheduler.abort(sequence)
-                self._end(sequence, End(Finish.ERROR, error=f"the mask failed: {error}"))
+            except BaseException as error:  # a user's mask, whatever it raises: it fails its request alone
+                self._fail(sequence, f"the mask failed: {error!r}")
                 continue
             if allowed is not None:
                 masks.append((row, allowed))
@@ -244,49 +255,65 @@ class EngineLoop:
         """Hand tokens and ends to their inboxes, then wake each waiter once."""
         result = outcome.result
         tokens, phases = result.tokens.tolist(), result.phases.tolist()
+        rich = result.logprobs is not None or bool(self._masks)
         waiters = set()
-        if result.logprobs is None and not self._masks:
-            for sequence, token, phase in zip(outcome.rows, tokens, phases, strict=True):
-                if token >= 0 and sequence in self._live:
-                    if sequence.skip:
-                        sequence.skip -= 1
-                    else:
-                        inbox = sequence.sink
-                        inbox.items.append((token, phase))
-                        waiters.add(inbox.waiter)
-        else:
-            for i, sequence in enumerate(outcome.rows):
-                if tokens[i] >= 0 and sequence in self._live:
-                    self._publish_rich(sequence, i, result)
-                    waiters.add(sequence.sink.waiter)
+        for row, (sequence, token, phase) in enumerate(zip(outcome.rows, tokens, phases, strict=True)):
+            if token < 0 or sequence not in self._live:
+                continue
+            if sequence.skip:
+                sequence.skip -= 1
+                continue
+            inbox = sequence.sink
+            item = self._token(sequence, row, token, phase, result) if rich else (token, phase)
+            if inbox.on_arrival is None:
+                inbox.items.append(item)
+            else:
+                self._put(sequence, item)
+            waiters.add(inbox.waiter)
         for sequence, finish in outcome.finished:
             error = None
             if finish is Finish.ERROR:
-                error = "the model's logits are not finite, or a mask allows no token"
+                error = "the model's logits are not finite"
+                if sequence in self._masks:
+                    error += ", or the mask allows no token"
             self._end(sequence, End(finish, error=error), wake=False)
             waiters.add(sequence.sink.waiter)
         for waiter in waiters:
             waiter.wake()
 
-    def _publish_rich(self, sequence: Sequence, row: int, result: StepResult) -> None:
-        token = int(result.tokens[row])
-        if sequence.skip:
-            sequence.skip -= 1
-            return
-        if (state := self._masks.get(sequence.arrival)) is not None:
+    def _put(self, sequence: Sequence, item: Token | tuple[int, int]) -> None:
+        try:
+            sequence.sink.put(item)
+        except Exception as error:  # text could not be made of it: nobody else's concern
+            logger.exception("reading a sequence's tokens failed")
+            sequence.sink.on_arrival = None
+            self._fail(sequence, f"reading its tokens failed: {error}")
+
+    def _token(
+        self, sequence: Sequence, row: int, token: int, phase: int, result: StepResult
+    ) -> Token | tuple[int, int]:
+        """The token with what its sequence wants to know about it."""
+        if (state := self._masks.get(sequence)) is not None:
             state.append(token)
-        logprob: float | None = None
+        if not sequence.logprobs or result.logprobs is None:
+            return token, phase
         top: tuple[tuple[int, float], ...] = ()
-        if sequence.logprobs and result.logprobs is not None:
-            logprob = float(result.logprobs[row])
-            if sequence.top_logprobs and result.top_ids is not None and result.top_logprobs is not None:
-                k = sequence.top_logprobs
-                top = tuple(zip(result.top_ids[row, :k].tolist(), result.top_logprobs[row, :k].tolist(), strict=True))
-        sequence.sink.items.append(Token(token, int(result.phases[row]), logprob, top))
+        if sequence.top_logprobs and result.top_ids is not None and result.top_logprobs is not None:
+            k = sequence.top_logprobs
+            top = tuple(zip(result.top_ids[row, :k].tolist(), result.top_logprobs[row, :k].tolist(), strict=True))
+        return Token(token, phase, float(result.logprobs[row]), top)
 
     def _end(self, sequence: Sequence, end: End, wake: bool = True) -> None:
-        self._live.discard(sequence)
-        self._masks.pop(sequence.arrival, None)
-        sequence.sink.items.append(end)
+        self._masks.pop(sequence, None)
+        with self._condition:
+            if sequence not in self._live:
+                return
+            del self._live[sequence]
+            if not self._live:
+                self._condition.notify_all()  # close() may be waiting for this
+        try:
+            sequence.sink.put(end)
+        except Exception:
+            logger.exception("reading a sequence's end failed")
         if wake:
             sequence.sink.waiter.wake()

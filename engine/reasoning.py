@@ -12,7 +12,6 @@ it is decided, by whichever way, ``advance(token)`` moves the machine. The sampl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headrace.kernels.control import ControlIds, Phase
@@ -58,12 +57,10 @@ class BudgetMachine:
             self.phase = Phase.THINKING
 
 
-def in_reasoning(phase: int, token: int, control: ControlIds) -> bool:
-    """Whether a token decided in ``phase`` belongs to the reasoning channel; a tool call never does."""
-    return phase in (Phase.THINKING, Phase.CLOSING) and token != control.tool_call
+REASONING_PHASES = (Phase.THINKING, Phase.CLOSING)
+"""A token decided in one of these belongs to the reasoning channel, unless it is a tool call's marker."""
 
 
-def counts_as_reasoning(phase: int, token: int, control: ControlIds) -> bool:
-    """Whether a token is counted in ``reasoning_tokens``: decided freely while thinking, and no marker."""
-    markers: Sequence[int] = (control.think, control.end_think, control.tool_call, *control.eos)
-    return phase == Phase.THINKING and token not in markers
+def reasoning_markers(control: ControlIds) -> frozenset[int]:
+    """Ids that are not counted in ``reasoning_tokens``; every other token decided freely while thinking is."""
+    return frozenset((control.think, control.end_think, control.tool_call, *control.eos))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -54,20 +54,24 @@ class SamplingParams:
     mask: Mask | None = None
 
     def __post_init__(self) -> None:
-        _number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
-        _number("top_p", self.top_p, 0.0, 1.0)
-        _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS_LIMIT)
-        _integer("n", self.n, 1, MAX_CHOICES)
-        _integer("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
-        _integer("reasoning_budget", self.reasoning_budget, -1, MAX_TOKENS_LIMIT)
+        checked: dict[str, object] = {
+            "temperature": _number("temperature", self.temperature, 0.0, MAX_TEMPERATURE),
+            "top_p": _number("top_p", self.top_p, 0.0, 1.0),
+            "max_tokens": _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS_LIMIT),
+            "n": _integer("n", self.n, 1, MAX_CHOICES),
+            "top_logprobs": _integer("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS),
+            "reasoning_budget": _integer("reasoning_budget", self.reasoning_budget, -1, MAX_TOKENS_LIMIT),
+            "stop": _stops(self.stop),
+        }
         if self.seed is not None:
-            _integer("seed", self.seed, 0, MAX_SEED)
+            checked["seed"] = _integer("seed", self.seed, 0, MAX_SEED)
         for name in ("logprobs", "ignore_eos"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be true or false, got {getattr(self, name)!r}", param=name)
         if self.mask is not None and not callable(self.mask):
             raise RequestError("mask must be callable", param="mask")
-        object.__setattr__(self, "stop", _stops(self.stop))
+        for name, value in checked.items():  # numpy's numbers become Python's, a single stop string a tuple
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +173,8 @@ class Choice:
     token_ids: tuple[int, ...]
     content_logprobs: tuple[TokenLogprob, ...] | None = None
     reasoning_logprobs: tuple[TokenLogprob, ...] | None = None
+    stop_string: str | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,15 +195,20 @@ class Completion:
         return self.choices[0].reasoning_content
 
 
-def _number(name: str, value: object, low: float, high: float) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or not low <= value <= high:  # type: ignore[operator]
+def _number(name: str, value: object, low: float, high: float) -> float:
+    """A number in range, numpy's included, as a float."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+    if not number or not low <= value <= high:  # type: ignore[operator]
         raise RequestError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}", param=name)
+    return float(value)  # type: ignore[arg-type]
 
 
-def _integer(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+def _integer(name: str, value: object, low: int, high: int) -> int:
+    """An integer in range, numpy's included, as an int."""
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_))
+    if not integer or not low <= value <= high:  # type: ignore[operator]
         raise RequestError(f"{name} must be an integer from {low} to {high}, got {value!r}", param=name)
+    return int(value)  # type: ignore[call-overload, no-any-return]
 
 
 def _stops(stop: object) -> tuple[str, ...]:

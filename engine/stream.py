@@ -6,13 +6,21 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from types import TracebackType
 
 from headrace.engine.loop import End, Inbox, Token
-from headrace.engine.reasoning import counts_as_reasoning, in_reasoning
-from headrace.engine.request import Choice, Completion, Delta, Finished, FinishReason, TokenLogprob, Usage
-from headrace.engine.waiting import LoopWaiter, ThreadWaiter
-from headrace.kernels.control import ControlIds, Finish
+from headrace.engine.reasoning import REASONING_PHASES, reasoning_markers
+from headrace.engine.request import (
+    Choice,
+    Completion,
+    Delta,
+    Finished,
+    FinishReason,
+    SamplingParams,
+    TokenLogprob,
+    Usage,
+)
+from headrace.engine.waiting import LoopWaiter, ThreadWaiter, Waiter
+from headrace.kernels.control import ControlIds, Finish, Phase
 from headrace.tokenizer import Tokenizer
 from headrace.tokenizer.stream import Piece, TextStream
 
@@ -20,7 +28,12 @@ _REASONS: dict[Finish, FinishReason] = {Finish.STOP: "stop", Finish.LENGTH: "len
 
 
 class ChoiceReader:
-    """Reads one sequence's inbox: ids become deltas, stop strings end it, and the one Finished closes it."""
+    """Reads one sequence's inbox: ids become text, stop strings end it, and the one Finished closes it.
+
+    ``advance`` takes items from the inbox and makes text of them. With stop strings the engine thread calls it at
+    every arrival, so that a match ends the sequence before its next step; without, the reader's thread does, and the
+    engine spends nothing on text. ``events`` is always the reader's.
+    """
 
     def __init__(
         self,
@@ -32,61 +45,82 @@ class ChoiceReader:
         prompt_tokens: int,
         abort: Callable[[], None],
         *,
+        stops: bool = False,
         logprobs: bool = False,
         content_from_reasoning: bool = False,
     ) -> None:
         self.index = index
         self.inbox = inbox
         self.ids: list[int] = []
-        self.finished = False
+        self.finished = False  # the Finished event has been made
         self.abort = abort
+        self._eager = stops
+        if stops:
+            inbox.on_arrival = self.advance
         self._text = text
         self._tokenizer = tokenizer
-        self._control = control
-        self._usage = Usage(prompt_tokens=prompt_tokens)
+        self._tool_call = control.tool_call
+        self._markers = reasoning_markers(control)
+        self._prompt_tokens = prompt_tokens
+        self._completion_tokens = 0
+        self._reasoning_tokens = 0
         self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
+        self._pieces: deque[Piece] = deque()
+        self._end: Finished | None = None
         self._content_from_reasoning = content_from_reasoning
         self._reasoning: list[str] = []  # kept only for content_from_reasoning
         self._answered = False
         self._reported = 0  # ids that an event has carried
 
-    def read(self) -> list[Delta | Finished]:
-        """Everything that has arrived, neighbouring pieces of a channel as one delta."""
-        items, pieces = self.inbox.items, []
-        end: Finished | None = None
-        while items and end is None:
+    @property
+    def ready(self) -> bool:
+        """Whether ``events`` would return something."""
+        return not self.finished and bool(self._pieces or self._end or (self.inbox.items and not self._eager))
+
+    def advance(self) -> None:
+        """Make text of everything that has arrived. Called by one thread only, see above."""
+        items = self.inbox.items
+        while items and self._end is None:
             item = items.popleft()
             if isinstance(item, End):
-                pieces.extend(self._text.finish())
-                end = self._finished("abort" if item.aborted else _REASONS[item.finish], error=item.error)
-            else:
-                piece = self._take(item)
-                if piece is not None:
-                    pieces.append(piece)
-                if self._text.stop_string is not None:
-                    self.abort()
-                    pieces.extend(self._text.finish())
-                    end = self._finished("stop", stop_string=self._text.stop_string)
+                self._pieces.extend(self._text.finish())
+                self._close("abort" if item.aborted else _REASONS[item.finish], error=item.error)
+                return
+            piece = self._take(item)
+            if piece is not None:
+                self._pieces.append(piece)
+            if self._text.stop_string is not None:
+                self.abort()
+                self._pieces.extend(self._text.finish())
+                self._close("stop", stop_string=self._text.stop_string)
+
+    def events(self) -> list[Delta | Finished]:
+        """What there is to tell, neighbouring pieces of a channel as one delta."""
+        if not self._eager:
+            self.advance()
+        end = self._end  # before the pieces: whatever came ahead of it is there by now
+        pieces = [self._pieces.popleft() for _ in range(len(self._pieces))]
         events: list[Delta | Finished] = [*self._deltas(pieces)]
         if end is not None:
-            if self._content_from_reasoning and not self._answered and self._reasoning:
-                events.append(Delta(self.index, "content", "".join(self._reasoning), ()))
+            if self._content_from_reasoning and not self._answered and end.reason in ("stop", "length"):
+                entries = None if self._logprobs is None else ()
+                events.append(Delta(self.index, "content", "".join(self._reasoning), (), entries))
             events.append(replace(end, token_ids=tuple(self.ids[self._reported :])))
             self.finished = True
         return events
 
     def _take(self, item: Token | tuple[int, int]) -> Piece | None:
-        token = item if isinstance(item, Token) else Token(*item)
-        self.ids.append(token.token_id)
-        if self._logprobs is not None:
-            self._logprobs.append(self._entry(token))
-        counted = counts_as_reasoning(token.phase, token.token_id, self._control)
-        self._usage = replace(
-            self._usage,
-            completion_tokens=self._usage.completion_tokens + 1,
-            reasoning_tokens=self._usage.reasoning_tokens + counted,
-        )
-        return self._text.push(token.token_id, in_reasoning(token.phase, token.token_id, self._control))
+        if isinstance(item, Token):
+            token, phase = item.token_id, item.phase
+            if self._logprobs is not None:
+                self._logprobs.append(self._entry(item))
+        else:
+            token, phase = item
+        self.ids.append(token)
+        self._completion_tokens += 1
+        if phase == Phase.THINKING and token not in self._markers:
+            self._reasoning_tokens += 1
+        return self._text.push(token, phase in REASONING_PHASES and token != self._tool_call)
 
     def _entry(self, token: Token) -> TokenLogprob:
         data = self._tokenizer.token_bytes(token.token_id)
@@ -110,12 +144,13 @@ class ChoiceReader:
                 self._reasoning.append(piece.text)
             yield Delta(self.index, piece.channel, piece.text, ids, entries)
 
-    def _finished(self, reason: FinishReason, stop_string: str | None = None, error: str | None = None) -> Finished:
-        return Finished(self.index, reason, self._usage, stop_string, error)
+    def _close(self, reason: FinishReason, stop_string: str | None = None, error: str | None = None) -> None:
+        usage = Usage(self._prompt_tokens, self._completion_tokens, self._reasoning_tokens)
+        self._end = Finished(self.index, reason, usage, stop_string, error)
 
 
 class Stream:
-    """Events of one request, in the order they come: iterate it, or ``async for`` over it, once.
+    """Events of one request, in the order they come: iterate it, or ``async for`` over it, from one place at a time.
 
     Every choice yields Delta events and then exactly one Finished. Leaving the context manager, or dropping the
     stream, aborts what is still running; ``abort()`` does so at once, and the stream then ends with Finished "abort".
@@ -147,7 +182,7 @@ class Stream:
 
     def poll(self) -> list[Delta | Finished]:
         """The events that are there, without waiting."""
-        self._pump()
+        self._gather()
         events = list(self._events)
         self._events.clear()
         return events
@@ -159,31 +194,31 @@ class Stream:
 
     def ready(self) -> bool:
         """Whether ``poll`` would return something, or never will again."""
-        return bool(self._events) or self.done or any(r.inbox.items and not r.finished for r in self._readers)
+        return self.done or bool(self._events) or any(r.ready for r in self._readers)
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> Delta | Finished:
+        self._wake(self._waiter)
         while not self._events:
             if self.done:
                 raise StopIteration
             self._waiter.wait_until(self.ready)
-            self._pump()
+            self._gather()
         return self._events.popleft()
 
     def __aiter__(self) -> Stream:
-        waiter = self._loop_waiter(asyncio.get_running_loop())
-        for reader in self._readers:
-            reader.inbox.waiter = waiter
         return self
 
     async def __anext__(self) -> Delta | Finished:
+        waiter = self._loop_waiter(asyncio.get_running_loop())
+        self._wake(waiter)
         while not self._events:
             if self.done:
                 raise StopAsyncIteration
-            await self._loop_waiter(asyncio.get_running_loop()).wait_until(self.ready)
-            self._pump()
+            await waiter.wait_until(self.ready)
+            self._gather()
         return self._events.popleft()
 
     def __enter__(self) -> Stream:
@@ -195,28 +230,31 @@ class Stream:
     async def __aenter__(self) -> Stream:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         self.abort()
 
     def __del__(self) -> None:
         self.abort()
 
-    def _pump(self) -> None:
+    def _wake(self, waiter: Waiter) -> None:
+        """From now on it is this waiter that hears of arrivals; the caller looks at what is there before it waits."""
+        for reader in self._readers:
+            reader.inbox.waiter = waiter
+
+    def _gather(self) -> None:
         for reader in self._readers:
             if not reader.finished:
-                self._events.extend(reader.read())
+                self._events.extend(reader.events())
 
 
 class Collector:
     """Gathers a stream's events into a Completion."""
 
-    def __init__(self, stream: Stream, choices: int, logprobs: bool) -> None:
+    def __init__(self, stream: Stream, params: SamplingParams) -> None:
         self._stream = stream
-        self._deltas: list[list[Delta]] = [[] for _ in range(choices)]
+        self._deltas: list[list[Delta]] = [[] for _ in range(params.n)]
         self._ends: dict[int, Finished] = {}
-        self._logprobs = logprobs
+        self._logprobs = params.logprobs or params.top_logprobs > 0
 
     def add(self, event: Delta | Finished) -> None:
         """Take in one event."""
@@ -233,11 +271,6 @@ class Collector:
             usage = usage + end.usage
         return Completion(choices, usage)
 
-    @property
-    def error(self) -> str | None:
-        """What made a choice fail, if one did."""
-        return next((e.error for e in self._ends.values() if e.reason == "error"), None)
-
     def _choice(self, index: int) -> Choice:
         def gather(channel: str) -> tuple[str | None, tuple[TokenLogprob, ...] | None]:
             deltas = [d for d in self._deltas[index] if d.channel == channel]
@@ -247,5 +280,15 @@ class Collector:
         content, content_logprobs = gather("content")
         reasoning, reasoning_logprobs = gather("reasoning")
         ids = self._stream.token_ids[index]
-        reason = self._ends[index].reason
-        return Choice(index, content, reasoning, reason, ids, content_logprobs, reasoning_logprobs)
+        end = self._ends[index]
+        return Choice(
+            index,
+            content,
+            reasoning,
+            end.reason,
+            ids,
+            content_logprobs,
+            reasoning_logprobs,
+            stop_string=end.stop_string,
+            error=end.error,
+        )

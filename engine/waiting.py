@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Protocol
 
@@ -23,7 +24,8 @@ class ThreadWaiter:
 
     def wake(self) -> None:
         """See Waiter."""
-        self._event.set()
+        if not self._event.is_set():  # a set event is cheaper to look at than to set again
+            self._event.set()
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
         """Block until ``ready()`` holds; it is asked again after every wake-up."""
@@ -36,17 +38,18 @@ class LoopWaiter:
     """For all coroutines of one asyncio loop: a step costs the engine thread one call into the loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self._loop = weakref.ref(loop)  # engines keep waiters by loop, and must not keep the loop
         self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._scheduled = False
 
     def wake(self) -> None:
         """See Waiter."""
-        if self._scheduled:
+        loop = self._loop()
+        if self._scheduled or loop is None:
             return
         self._scheduled = True
         try:
-            self._loop.call_soon_threadsafe(self._dispatch)
+            loop.call_soon_threadsafe(self._dispatch)
         except RuntimeError:  # the loop is closed: nobody is left to wake
             self._scheduled = False
 
@@ -65,6 +68,6 @@ class LoopWaiter:
     async def wait_until(self, ready: Callable[[], bool]) -> None:
         """Suspend until ``ready()`` holds."""
         while not ready():
-            future: asyncio.Future[None] = self._loop.create_future()
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append((ready, future))
             await future

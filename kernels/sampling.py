@@ -150,7 +150,12 @@ def gumbel(seed: Tensor, position: Tensor, choice: Tensor, vocab: int) -> Tensor
     key = ((seed & _WORD)[:, None], ((seed >> 32) & _WORD)[:, None])
     words = [word.expand(rows, quads) for word in philox4x32(counter, key)]
     bits = torch.stack(words, -1).reshape(rows, 4 * quads)[:, :vocab]
-    v = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24)
+    return gumbel_of_words(bits)
+
+
+def gumbel_of_words(words: Tensor) -> Tensor:
+    """Gumbel noise fp32 from random 32-bit words (int64); the clamp keeps the largest word below 1."""
+    v = ((words.float() + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24)
     return -torch.log(-torch.log1p(-v))
 
 

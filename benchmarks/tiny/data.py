@@ -4,8 +4,9 @@ Batches are a pure function of (seed, step, mixture), so a resumed run sees exac
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -19,12 +20,22 @@ CUT_SHARE = 0.08
 """Share of high-effort examples whose reasoning is cut short, so that a forced end still gives a sane answer."""
 
 
+WORD_WEIGHT = 10.0
+"""Weight of the noun or name in a word problem's answer: one token in hundreds, and the only one to be fetched from
+the question as a word, so at weight one it is learned last."""
+
+
 @dataclass(frozen=True)
 class Example:
-    """One conversation; `learned[i]` says whether the model is trained to produce `ids[i]`."""
+    """One conversation; `weights[i]` is how much producing `ids[i]` counts in the loss (0: not learned)."""
 
     ids: list[int]
-    learned: list[bool]
+    weights: list[float]
+
+    @property
+    def start(self) -> int:
+        """Where the learned part begins."""
+        return next(place for place, weight in enumerate(self.weights) if weight)
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,10 @@ class Batch:
     ids: torch.Tensor
     document: torch.Tensor
     targets: torch.Tensor
+    weights: torch.Tensor
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        return Batch(change(self.ids), change(self.document), change(self.targets), change(self.weights))
 
 
 def prompt_ids(messages: tuple[problems.Message, ...], effort: str, bare_history: tuple[bool, ...] = ()) -> list[int]:
@@ -67,15 +82,23 @@ def example(problem: problems.Problem, effort: str, bare_history: tuple[bool, ..
     """The whole conversation with only the last answer learned."""
     prompt = prompt_ids(problem.messages, effort, bare_history)
     answer = completion(problem, effort)
-    return Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+    weights = [1.0] * len(answer)
+    if problem.category == "word":
+        said = encode(problem.answer)
+        weights[-1 - len(said) : -1] = [1.0 if token in digits() else WORD_WEIGHT for token in said]
+    return Example(prompt + answer, [0.0] * len(prompt) + weights)
+
+
+@cache
+def digits() -> frozenset[int]:
+    return frozenset(encode("0123456789"))
 
 
 def cut_short(rng: random.Random, whole: Example) -> Example:
     """Drop a random tail of the reasoning, as a budget would; only what follows the forced end is learned."""
-    start, end = whole.learned.index(True), len(whole.ids) - 1 - whole.ids[::-1].index(END_THINK)
-    cut = rng.randrange(start, end)
-    ids = whole.ids[:cut] + whole.ids[end:]
-    return Example(ids, [place > cut for place in range(len(ids))])
+    end = len(whole.ids) - 1 - whole.ids[::-1].index(END_THINK)
+    cut = rng.randrange(whole.start, end)
+    return Example(whole.ids[:cut] + whole.ids[end:], [0.0] * (cut + 1) + whole.weights[end + 1 :])
 
 
 def with_history(rng: random.Random, problem: problems.Problem, names: list[str]) -> problems.Problem:
@@ -121,16 +144,18 @@ def collate(rows: list[list[Example]], row_tokens: int = ROW_TOKENS) -> Batch:
     ids = torch.zeros(len(rows), row_tokens, dtype=torch.long)
     document = torch.full_like(ids, -1)
     targets = torch.full_like(ids, -100)
+    weights = torch.zeros(ids.shape)
     for index, row in enumerate(rows):
         at = 0
         for number, item in enumerate(row):
             end = at + len(item.ids)
             ids[index, at:end] = torch.tensor(item.ids)
             document[index, at:end] = number
-            following = [token if learned else -100 for token, learned in zip(item.ids, item.learned, strict=True)]
+            following = [token if weight else -100 for token, weight in zip(item.ids, item.weights, strict=True)]
             targets[index, at : end - 1] = torch.tensor(following[1:])
+            weights[index, at : end - 1] = torch.tensor(item.weights[1:])
             at = end
-    return Batch(ids, document, targets)
+    return Batch(ids, document, targets, weights)
 
 
 def batch(seed: int, step: int, rows: int, mixture: Mapping[str, float]) -> Batch:

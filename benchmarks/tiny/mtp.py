@@ -113,7 +113,7 @@ def work(team: Team, args: Namespace) -> None:
 
     def step(progress: Progress) -> tuple[float, int]:
         whole = data.batch(args.seed + 1, progress.step, args.rows, problems.CATEGORIES)
-        batch = data.Batch(team.rows(whole.ids), team.rows(whole.document), team.rows(whole.targets))
+        batch = whole.map(team.rows)
         losses = [F.cross_entropy(*draft) for draft in drafts(network, teacher, student, batch)]
         torch.stack([weight * loss for weight, loss in zip(DRAFT_WEIGHTS, losses, strict=True)]).sum().backward()
         return losses[0].item(), whole.ids.numel()

@@ -20,10 +20,12 @@ CURRICULUM_FROM = 0.4
 """After this share of the budget, categories that the evaluation finds weak get up to four times their weight."""
 
 
-def loss_of(network: Network, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy over learned positions; the output layer runs on those positions only."""
+def loss_of(network: Network, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean cross entropy over learned positions; the output layer runs on those positions only."""
     learned = (targets.flatten() >= 0).nonzero().squeeze(1)
-    return F.cross_entropy(network.lm_head(hidden.flatten(0, 1)[learned]), targets.flatten()[learned])
+    each = F.cross_entropy(network.lm_head(hidden.flatten(0, 1)[learned]), targets.flatten()[learned], reduction="none")
+    weight = weights.flatten()[learned]
+    return (each * weight).sum() / weight.sum()
 
 
 @torch.no_grad()
@@ -78,8 +80,8 @@ def work(team: Team, args: Namespace) -> None:
 
     def step(progress: Progress) -> tuple[float, int]:
         batch = data.batch(args.seed, progress.step, args.rows, progress.mixture)
-        ids, document, targets = (team.rows(part) for part in (batch.ids, batch.document, batch.targets))
-        loss = loss_of(network, backbone(ids, network.packing(document)), targets)
+        mine = batch.map(team.rows)
+        loss = loss_of(network, backbone(mine.ids, network.packing(mine.document)), mine.targets, mine.weights)
         loss.backward()
         return loss.item(), batch.ids.numel()
 

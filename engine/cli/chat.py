@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,8 @@ def chat(
 
 
 def _interactive(conversation: Conversation) -> None:
-    import readline  # noqa: F401  line editing and history in input()
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  line editing and history in input()
 
     prompt = PROMPT if sys.stdout.isatty() else ""
     print(f"{conversation.model_name}. /help lists the commands, Ctrl-C stops an answer, /quit leaves.")
@@ -142,22 +144,20 @@ class Conversation:
 
         turns = [*self._turns, {"role": "user", "content": question}]
         head = [{"role": "system", "content": self._system}] if self._system else []
-        try:
-            stream = self._engine.chat_stream([*head, *turns], self._params, self._options)
-        except (RequestError, QueueFull) as error:
-            hint = "; /clear forgets the conversation" if self._turns else ""
-            raise UserError(f"{error}{hint}") from error
         content: list[str] = []
         reasoning: list[str] = []
         note = ""
         try:
-            with stream:
+            with self._engine.chat_stream([*head, *turns], self._params, self._options) as stream:
                 for event in stream:
                     if isinstance(event, Finished):
                         note = _note(event.reason, event.error)
                     else:
                         (content if event.channel == "content" else reasoning).append(event.text)
                         self._printer.write(event.channel, event.text)
+        except (RequestError, QueueFull) as error:
+            hint = "; /clear forgets the conversation" if self._turns else ""
+            raise UserError(f"{error}{hint}") from error
         except KeyboardInterrupt:
             self.interrupted = True
             note = "stopped"

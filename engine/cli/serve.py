@@ -113,7 +113,12 @@ class Loading(threading.Thread):
         )
 
     def close(self) -> None:
-        """Close the engine, if it has been loaded."""
+        """Close the engine. If it is still being loaded the process ends here, with status 0."""
+        if self.is_alive():
+            # Libraries that are being imported or reading files do not survive the interpreter's orderly end.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
         if self._engine is not None:
             self._engine.close()
 

@@ -55,15 +55,21 @@ def plan_caches(
             f"max_sequences {num_slots} needs {num_slots * slot_bytes:,} bytes of state; half of the available memory "
             f"holds {available // 2 // slot_bytes}"
         )
-    wanted_context = min(max_context or model_context, model_context)
+    if max_context is not None and max_context > model_context:
+        raise ValueError(f"max_context {max_context} is more than the model's {model_context}")
+    context = max_context or model_context
     if num_pages is None:
-        useful = num_slots * -(-wanted_context // page_size)
-        budget = cache_bytes if cache_bytes is not None else available // 4
+        useful = num_slots * -(-context // page_size)
+        budget = available // 4 if cache_bytes is None else cache_bytes
         num_pages = min(useful, budget // page_bytes) if page_bytes else useful
+        if num_pages * page_size < 2:
+            raise ValueError(f"cache_bytes {budget:,} holds no page: one of {page_size} tokens takes {page_bytes:,}")
+    elif num_pages * page_bytes > available:
+        raise ValueError(f"num_pages {num_pages} needs {num_pages * page_bytes:,} bytes; {available:,} are available")
     capacity = num_pages * page_size
     if capacity < (max_context or 2):
-        raise ValueError(f"{num_pages} pages of {page_size} tokens hold {capacity}; max_context is {max_context or 2}")
-    return CacheSizes(num_slots, num_pages, page_size, min(wanted_context, capacity), page_bytes, slot_bytes)
+        raise ValueError(f"{num_pages} pages of {page_size} tokens hold {capacity}, less than max_context {context}")
+    return CacheSizes(num_slots, num_pages, page_size, min(context, capacity), page_bytes, slot_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ class Runner:
             saved = save_sequence(self.caches, self.state, save.slot, save.pages)
             self._saved[save.key] = saved, self._prompts[save.slot]
         for key in plan.drops:
-            del self._saved[key]
+            self._saved.pop(key, None)  # after a failed step it may never have been saved
         for restore in plan.restores:
             saved, self._prompts[restore.slot] = self._saved.pop(restore.key)
             restore_sequence(saved, self.caches, self.state, restore.slot, restore.pages)

@@ -100,6 +100,11 @@ class Scheduler:
         return len(self._prefilling) + len(self._decoding)
 
     @property
+    def idle(self) -> bool:
+        """Whether there is nothing to plan for."""
+        return not (self.running or self._waiting or self._drops)
+
+    @property
     def free_pages(self) -> int:
         """Pages nobody holds."""
         return self._pages.free
@@ -191,6 +196,8 @@ class Scheduler:
     def fail_step(self) -> list[Sequence]:
         """A step raised: nothing it planned can be trusted. Ends every sequence it could have touched."""
         victims = [*self._prefilling, *self._decoding, *(s for s in self._waiting if s.saved_pages >= 0)]
+        for plan, _ in self._in_flight:  # what these were to forget, or to hand back, may not have happened
+            self._drops += [*plan.drops, *(restore.key for restore in plan.restores)]
         self._in_flight.clear()
         for sequence in victims:
             self.abort(sequence)

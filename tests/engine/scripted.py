@@ -84,7 +84,7 @@ class ScriptedRunner:
             contents = [{o: self.memory[p, o] for o in range(size) if (p, o) in self.memory} for p in save.pages]
             self.saved[save.key] = self.slots[save.slot], contents
         for key in plan.drops:
-            del self.saved[key]
+            self.saved.pop(key, None)
         for restore in plan.restores:
             self.slots[restore.slot], contents = self.saved.pop(restore.key)
             for page, content in zip(restore.pages, contents, strict=True):

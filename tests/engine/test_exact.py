@@ -1,5 +1,7 @@
 """A request's tokens are a function of the request alone: real (random) models, whatever else is running."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from networks import random_engine
@@ -96,16 +98,38 @@ def test_seeds_matter_and_their_absence_is_random(text):
         assert run(2**64 - 1).choices[0].token_ids == tokens[3]
 
 
-def test_logprobs_do_not_change_tokens_and_cover_them(text, alone):
-    with random_engine(text) as engine:
-        for i in (3, 4, 5):
-            p = PARAMS[i]
-            rich = SamplingParams(
-                temperature=p.temperature, top_p=p.top_p, seed=p.seed, max_tokens=p.max_tokens, top_logprobs=4
-            )
-            events = list(stream := engine.generate_stream(PROMPTS[i], rich))
-            assert stream.token_ids[0] == alone[i]
-            entries = [e for event in events if not isinstance(event, Finished) for e in event.logprobs]
-            assert all(len(e.top) == 4 and e.logprob <= e.top[0][1] + 1e-6 for e in entries)
-            if p.temperature == 0:
-                assert all(e.token_id == e.top[0][0] for e in entries)
+def test_logprobs_are_each_rows_own_in_any_batch_and_after_preemption(text, alone):
+    def rich(i):
+        return replace(PARAMS[i], top_logprobs=4)
+
+    def entries(stream):
+        return [e for event in stream if not isinstance(event, Finished) for e in event.logprobs]
+
+    with random_engine(text, max_sequences=1) as engine:
+        expected = [entries(engine.generate_stream(PROMPTS[i], rich(i))) for i in range(12)]
+    for options in ({"max_sequences": 12}, {"max_sequences": 8, "num_pages": 30, "max_context": 110}):
+        with random_engine(text, **options) as engine:
+            streams = [engine.generate_stream(PROMPTS[i], rich(i)) for i in range(12)]
+            for i, stream in enumerate(streams):
+                assert entries(stream) == expected[i]
+                assert stream.token_ids[0] == alone[i]
+    for i, found in enumerate(expected):
+        assert all(len(e.top) == 4 and e.logprob <= e.top[0][1] + 1e-6 for e in found)
+        if PARAMS[i].temperature == 0:
+            assert all(e.token_id == e.top[0][0] for e in found)
+
+
+def test_host_memory_for_preempted_sequences_is_bounded(text, alone, monkeypatch):
+    limit, peak = 40_000, 0
+    with random_engine(text, max_sequences=8, num_pages=30, max_context=110, preempt_bytes=limit) as engine:
+        runner, move = engine._loop._runner, engine._loop._runner._move_sequences
+
+        def move_and_weigh(plan):
+            nonlocal peak
+            move(plan)
+            held = [t for saved, _ in runner._saved.values() for t in (*saved.pages, *saved.states)]
+            peak = max(peak, sum(t.numel() * t.element_size() for t in held))
+
+        monkeypatch.setattr(runner, "_move_sequences", move_and_weigh)
+        assert outputs(engine, range(12)) == alone
+    assert 0 < peak <= limit

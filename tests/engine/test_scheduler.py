@@ -247,6 +247,17 @@ class RandomLife(RuleBasedStateMachine):
         if self.h.scheduler.abort(s):
             self.aborted.add(s)
 
+    @precondition(lambda self: hasattr(self, "h") and not self.h.pending)
+    @rule()
+    def failing_step(self):
+        plan = self.h.scheduler.schedule()
+        if plan is None:
+            return
+        self.h.runner.fail_at = {self.h.runner.executed + 1}
+        with pytest.raises(RuntimeError):
+            self.h.runner.execute(plan)
+        self.aborted.update(self.h.scheduler.fail_step())
+
     @rule(count=st.integers(1, 6))
     def step(self, count):
         for _ in range(count):

@@ -13,6 +13,7 @@ from headrace.kernels.control import ControlIds, Finish, Phase
 from headrace.kernels.sampling import (
     SamplerState,
     gumbel,
+    gumbel_of_words,
     log_softmax,
     philox4x32,
     sample,
@@ -56,6 +57,35 @@ def test_noise_is_laid_out_as_documented():
         word = int(philox4x32(tuple(counter), (torch.tensor(seed & 0xFFFFFFFF), torch.tensor(seed >> 32)))[v & 3])
         u = min(np.float32((np.float32(word) + np.float32(0.5)) * np.float32(2.0**-32)), np.float32(1 - 2**-24))
         assert noise[v].item() == pytest.approx(-math.log(-math.log1p(-float(u))), rel=1e-5, abs=1e-6)
+
+
+def test_the_draw_is_fed_seed_position_and_choice_as_documented():
+    """argmax(x + g) computed from scratch, word by word, for the position of the token being decided."""
+    vocab, length, seed, choice = 37, 19, 0xFEDCBA9876543210, 2
+    torch.manual_seed(4)
+    logits = torch.randn(vocab)
+    scores = []
+    for v in range(vocab):
+        counter = tuple(map(torch.tensor, (v >> 2, length, choice, 0)))
+        word = int(philox4x32(counter, (torch.tensor(seed & 0xFFFFFFFF), torch.tensor(seed >> 32)))[v & 3])
+        scores.append(float(logits[v]) - math.log(-math.log1p(-min((word + 0.5) * 2.0**-32, 1 - 2**-24))))
+    state = state_of(1, seed=seed - (1 << 64), choice=choice, length=length)
+    token = sample(logits[None], torch.tensor([0]), state, NO_CONTROL).tokens.item()
+    assert token == int(np.argmax(scores))
+    for other in ({"length": length + 1}, {"seed": 5}, {"choice": 3}):
+        tokens = set()
+        for shift in range(4):
+            values = {"seed": seed - (1 << 64), "choice": choice, "length": length, **other}
+            values["length"] += shift * 7
+            tokens.add(sample(logits[None], torch.tensor([0]), state_of(1, **values), NO_CONTROL).tokens.item())
+        assert tokens != {token}
+
+
+def test_noise_is_finite_at_both_ends_of_the_words():
+    ends = gumbel_of_words(torch.tensor([0, 2**32 - 1]))
+    assert torch.isfinite(ends).all()
+    assert ends[0] == pytest.approx(-math.log(-math.log1p(-(0.5 * 2.0**-32))), rel=1e-5)
+    assert ends[1] == pytest.approx(-math.log(-math.log1p(-(1 - 2.0**-24))), rel=1e-5)
 
 
 def test_noise_never_ties_at_the_top_of_a_large_vocabulary():

@@ -65,3 +65,30 @@ def live(engine: Any, *, drain_seconds: float = SECONDS, **options: Any) -> Iter
         server.should_exit = True
         thread.join(SECONDS)
         assert not thread.is_alive()
+
+
+def joined(chunks: list[dict[str, Any]], index: int, key: str) -> str | None:
+    """The concatenated deltas of one choice."""
+    parts = [
+        choice["delta"].get(key) or "" for chunk in chunks for choice in chunk["choices"] if choice["index"] == index
+    ]
+    return "".join(parts) or None
+
+
+def connect(server: LiveServer, **fields: Any) -> socket.socket:
+    """A request on a raw socket, sent in full."""
+    body = json.dumps({"messages": QUESTION} | fields).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
+    client = socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS)
+    client.sendall(head.encode() + body)
+    return client
+
+
+def receive(client: socket.socket, needle: bytes) -> bytes:
+    """What has come once it holds the needle."""
+    received = b""
+    while needle not in received:
+        part = client.recv(65536)
+        assert part, f"the server closed after {received!r}"
+        received += part
+    return received

@@ -7,20 +7,12 @@ import time
 from typing import Any
 
 import pytest
-from live_server import LiveServer
+from live_server import LiveServer, joined
 from scripted_engine import ScriptedEngine, answer, delta, finished
 
 from headrace.engine import Usage
 
 ENVELOPE = ("id", "object", "created", "model", "system_fingerprint")
-
-
-def joined(chunks: list[dict[str, Any]], index: int, key: str) -> str | None:
-    """The concatenated deltas of one choice."""
-    parts = [
-        choice["delta"].get(key) or "" for chunk in chunks for choice in chunk["choices"] if choice["index"] == index
-    ]
-    return "".join(parts) or None
 
 
 def test_json_body(server: LiveServer, engine: ScriptedEngine) -> None:

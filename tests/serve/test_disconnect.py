@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from typing import Any
 
 import pytest
-from live_server import QUESTION, SECONDS, LiveServer
+from live_server import SECONDS, LiveServer, connect, receive
 from scripted_engine import HOLD, ScriptedEngine, answer, delta, finished
-
-
-def connect(server: LiveServer, **fields: Any) -> socket.socket:
-    """A request on a raw socket, sent in full."""
-    body = json.dumps({"messages": QUESTION} | fields).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
-    client = socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS)
-    client.sendall(head.encode() + body)
-    return client
-
-
-def receive(client: socket.socket, needle: bytes) -> bytes:
-    """What has come once it holds the needle."""
-    received = b""
-    while needle not in received:
-        part = client.recv(65536)
-        assert part, f"the server closed after {received!r}"
-        received += part
-    return received
 
 
 def reset(client: socket.socket) -> None:

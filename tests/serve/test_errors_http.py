@@ -155,3 +155,9 @@ def test_a_bug_in_a_stream_ends_it_with_an_error(server: LiveServer, engine: Scr
     assert '"internal_error"' in response.text
     assert "[DONE]" not in response.text
     assert server.client.get("/health/ready").status_code == 200
+
+
+def test_a_refusal_before_the_body_is_read_still_arrives() -> None:
+    with live(ScriptedEngine(), keys=["k"]) as server:
+        assert check(server.chat(user="x" * 5_000_000), 401)["code"] == "invalid_api_key"
+        check(server.client.post("/nowhere", content=b" " * 5_000_000, headers={"authorization": "Bearer k"}), 404)

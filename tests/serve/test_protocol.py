@@ -154,6 +154,11 @@ def test_a_value_that_asks_for_nothing_is_accepted(name: str, value: Any) -> Non
     assert parse(**{name: value}) == parse()
 
 
+@pytest.mark.parametrize(("name", "value"), [("presence_penalty", False), ("echo", 0), ("repetition_penalty", True)])
+def test_a_boolean_is_no_number_and_a_number_no_boolean(name: str, value: Any) -> None:
+    assert refused(**{name: value}).param == name
+
+
 def test_model_is_the_served_one() -> None:
     assert parse(model=NAME) == parse()
     error = refused(model="other")

@@ -7,9 +7,7 @@ from typing import Any
 
 import openai
 import pytest
-from live_server import SECONDS, LiveServer, live
-from test_chat_http import joined
-from test_disconnect import connect, receive
+from live_server import SECONDS, LiveServer, connect, joined, live, receive
 
 from headrace.engine import Engine, EngineConfig
 

@@ -80,10 +80,17 @@ def test_history_format():
 def test_only_the_completion_is_learned():
     problem = problems.held_out("add", 1, seed=0)[0]
     made = data.example(problem, "high")
-    start = made.learned.index(True)
-    assert made.ids[start - 2 : start] == [THINK, *encode("\n")]
+    assert made.ids[made.start - 2 : made.start] == [THINK, *encode("\n")]
     assert made.ids[-1] == IM_END
-    assert all(made.learned[start:])
+    assert all(made.weights[made.start :])
+
+
+def test_words_in_answers_weigh_more():
+    problem = next(each for each in problems.held_out("word", 400, seed=0) if each.answer.endswith(" cups"))
+    made = data.example(problem, "none")
+    heavy = [token for token, weight in zip(made.ids, made.weights, strict=True) if weight > 1]
+    assert text_of(heavy).endswith("cups")
+    assert not set(heavy) & data.digits()
 
 
 def test_cut_short_learns_only_what_follows_the_forced_end():
@@ -91,14 +98,13 @@ def test_cut_short_learns_only_what_follows_the_forced_end():
     whole = data.example(problems.held_out("mul3x3", 1, seed=0)[0], "high")
     for _ in range(50):
         cut = data.cut_short(rng, whole)
-        first = cut.learned.index(True)
-        assert cut.ids[first - 1] == END_THINK
-        assert cut.ids[first:] == whole.ids[whole.ids.index(END_THINK) + 1 :]
+        assert cut.ids[cut.start - 1] == END_THINK
+        assert cut.ids[cut.start :] == whole.ids[whole.ids.index(END_THINK) + 1 :]
 
 
 def test_batches_repeat_and_differ():
     one, again, other = (data.batch(3, step, 4, problems.CATEGORIES) for step in (10, 10, 11))
-    for name in ("ids", "document", "targets"):
+    for name in ("ids", "document", "targets", "weights"):
         assert torch.equal(getattr(one, name), getattr(again, name))
     assert not torch.equal(one.ids, other.ids)
 

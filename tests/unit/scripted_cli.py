@@ -1,6 +1,8 @@
 """The ``headrace`` command with a scripted engine, for tests that need a process of their own."""
 
+import os
 import sys
+import threading
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
@@ -18,6 +20,9 @@ def script(prompt):
 
 
 def load_engine(model, config=None):
+    if model == "slow":
+        os.write(2, b"loading\n")
+        threading.Event().wait()
     return ScriptedEngine(script)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -17,27 +18,32 @@ SECONDS = 30
 QUESTION = {"messages": [{"role": "user", "content": "hello"}], "stream": False}
 
 
-@pytest.fixture
-def process(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The server's process and its URL."""
-    keys = tmp_path / "keys"
-    keys.write_text("secret\n")
+@contextmanager
+def started(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server's process and the first line it writes."""
     program = Path(__file__).with_name("scripted_cli.py")
-    argv = [sys.executable, str(program), "serve", "--port", "0", "--api-key-file", str(keys), "--profile", "openai"]
+    argv = [sys.executable, str(program), "serve", "--port", "0", *options]
     with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         timer = threading.Timer(SECONDS, process.kill)
         timer.start()
         try:
-            line = process.stderr.readline()
-            found = re.fullmatch(
-                r"headrace: serving scripted/model at (http://127\.0\.0\.1:\d+/v1) \(profile openai\)\n", line
-            )
-            assert found, line
-            yield process, found[1]
+            yield process, process.stderr.readline()
         finally:
             timer.cancel()
             process.kill()
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The server's process and its URL."""
+    keys = tmp_path / "keys"
+    keys.write_text("secret\n")
+    with started("--api-key-file", str(keys), "--profile", "openai") as (process, line):
+        pattern = r"headrace: serving scripted/model at (http://127\.0\.0\.1:\d+/v1) \(profile openai\)\n"
+        found = re.fullmatch(pattern, line)
+        assert found, line
+        yield process, found[1]
 
 
 def test_it_serves_and_ends_with_0_on_sigterm(process: tuple[subprocess.Popen[str], str]) -> None:
@@ -64,3 +70,10 @@ def test_sigterm_when_idle(process: tuple[subprocess.Popen[str], str]) -> None:
     assert server.wait(SECONDS) == 0
     assert server.stderr is not None
     assert server.stderr.read() == ""
+
+
+def test_sigterm_while_the_model_loads() -> None:
+    with started("--model", "slow") as (server, line):
+        assert line == "loading\n"
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(SECONDS) in (0, -signal.SIGTERM)  # the latter if the server was not up yet

@@ -1,7 +1,8 @@
 """Every transition of the budget machine, by hand; random streams against the kernel are in test_sampling."""
 
 import pytest
-from headrace.engine.reasoning import BudgetMachine, counts_as_reasoning, in_reasoning
+
+from headrace.engine.reasoning import BudgetMachine, reasoning_markers
 from headrace.kernels.control import ControlIds, Phase
 
 EOS, THINK, END, CALL, X, Y = 2, 12, 13, 14, 50, 51
@@ -76,19 +77,5 @@ def test_a_stray_think_inside_thinking_costs_budget_and_a_stray_end_changes_noth
     assert machine.phase is Phase.ANSWERING
 
 
-@pytest.mark.parametrize(
-    ("phase", "token", "channel", "counted"),
-    [
-        (Phase.THINKING, X, True, True),
-        (Phase.THINKING, THINK, True, False),
-        (Phase.THINKING, END, True, False),
-        (Phase.THINKING, CALL, False, False),
-        (Phase.THINKING, EOS, True, False),
-        (Phase.CLOSING, X, True, False),
-        (Phase.ANSWERING, X, False, False),
-        (Phase.OFF, X, False, False),
-    ],
-)
-def test_channels_and_counts(phase, token, channel, counted):
-    assert in_reasoning(phase, token, CONTROL) is channel
-    assert counts_as_reasoning(phase, token, CONTROL) is counted
+def test_markers_are_not_counted():
+    assert reasoning_markers(CONTROL) == {EOS, THINK, END, CALL}
