@@ -23,6 +23,8 @@ CUT_SHARE = 0.08
 WORD_WEIGHT = 10.0
 """Weight of the noun or name in a word problem's answer: one token in hundreds, and the only one to be fetched from
 the question as a word, so at weight one it is learned last."""
+LOW_WEIGHT = 2.5
+"""Weight of low-effort completions: a few tokens each, with several steps of arithmetic behind every one."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def example(problem: problems.Problem, effort: str, bare_history: tuple[bool, ..
     """The whole conversation with only the last answer learned."""
     prompt = prompt_ids(problem.messages, effort, bare_history)
     answer = completion(problem, effort)
-    weights = [1.0] * len(answer)
+    weights = [LOW_WEIGHT if effort == "low" else 1.0] * len(answer)
     if problem.category == "word":
         said = encode(problem.answer)
         weights[-1 - len(said) : -1] = [1.0 if token in digits() else WORD_WEIGHT for token in said]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -57,20 +58,13 @@ def serve(
 
     SIGTERM or Ctrl-C: new requests get 503, running answers finish, then the server ends. A second one ends at once.
     """
-    from headrace.engine.serve.access import check_host
     from headrace.engine.serve.app import create_app
     from headrace.engine.serve.profiles import PROFILES
-    from headrace.engine.serve.run import DrainingServer, listen, url_of
+    from headrace.engine.serve.run import DrainingServer, url_of
 
     config = _config(max_sequences=max_sequences, max_waiting=max_waiting, max_context=max_context)
     keys = _keys(api_key_file)
-    try:
-        check_host(host, keys)
-        listener = listen(host, port)
-    except OSError as error:
-        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    listener = _listener(host, port, keys)
     # The port is open while the model loads: health checks see 503 with Retry-After instead of nothing.
     app = create_app(None, profile=PROFILES[profile], keys=keys, served_name=served_model_name)
     server = DrainingServer(app, drain_seconds=drain_seconds, log_level=log_level)
@@ -121,6 +115,19 @@ class Loading(threading.Thread):
             os._exit(0)
         if self._engine is not None:
             self._engine.close()
+
+
+def _listener(host: str, port: int, keys: list[str]) -> socket.socket:
+    from headrace.engine.serve.access import check_host
+    from headrace.engine.serve.run import listen
+
+    try:
+        check_host(host, keys)
+        return listen(host, port)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _config(**sizes: int | None) -> EngineConfig:

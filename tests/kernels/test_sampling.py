@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import threads
 
 from headrace.engine.reasoning import BudgetMachine
 from headrace.kernels.control import ControlIds, Finish, Phase
@@ -177,11 +178,10 @@ def test_a_row_is_a_function_of_itself():
     control = ControlIds(eos=(1,), think=2, end_think=3, closing=(3,))
     whole = sample(logits, torch.arange(rows), state_of(rows, **params), control, logprobs=True, top_logprobs=5)
     permutation = torch.randperm(rows)
-    state = state_of(rows, **{k: v[permutation] for k, v in params.items()})
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        part = sample(logits[permutation], torch.arange(rows), state, control, logprobs=True, top_logprobs=5)
+    for count in (1, 2):
         state = state_of(rows, **{k: v[permutation] for k, v in params.items()})
+        with threads(count):
+            part = sample(logits[permutation], torch.arange(rows), state, control, logprobs=True, top_logprobs=5)
         for name in ("tokens", "logprobs", "top_ids", "top_logprobs", "finish"):
             assert torch.equal(getattr(part, name), getattr(whole, name)[permutation]), name
     for row in range(rows):
