@@ -122,9 +122,12 @@ class TextStream:
             self._decode(data, number)
 
     def _end_run(self) -> None:
-        """Queues a character left incomplete, in its own channel."""
+        """Queues what was left incomplete, in its own channel: mostly one U+FFFD, but the incremental decoder also holds
+        back the beginning of a UTF-16 surrogate, which never completes and is invalid byte by byte.
+        """
         if self._partial:
-            self._queue.append((self._run, "\ufffd", [(0, token) for token in self._partial_tokens]))
+            text = self._partial.decode("utf-8", "replace")
+            self._queue.append((self._run, text, [(0, token) for token in self._partial_tokens]))
             self._partial, self._partial_tokens = b"", []
 
     def _decode(self, data: bytes, number: int) -> None:

@@ -372,3 +372,10 @@ def test_a_stop_of_many_characters_costs_no_more_per_token(tokenizers: Callable[
     stream = TextStream(tokenizer, stop=["a" * 255 + "b"])
     pieces = [stream.push(tokenizer.vocab_size - 1, False) for _ in range(1000)]
     assert sum(len(piece.text) for piece in pieces if piece) == 4000 - 255
+
+
+def test_a_surrogate_spelt_in_utf8_is_invalid_byte_by_byte(tokenizer: MarkedTokenizer) -> None:
+    """CPython's incremental decoder waits for more behind ED A0; the whole gives one U+FFFD per byte."""
+    of_byte = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size) if len(tokenizer.token_bytes(i)) == 1}
+    for data in (b"\xed\xa0", b"\xed\xbf", b"\xed\xa0\x80", b"\xed\xa0A"):
+        check(tokenizer, [(of_byte[bytes([byte])], False) for byte in data])
