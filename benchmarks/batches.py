@@ -68,7 +68,16 @@ class DecodingBatch:
             text = TextStream(tokenizer, stop=("never",) if stops else ())
             control = self.runner.control
             self.readers.append(
-                ChoiceReader(0, inbox, text, tokenizer, control, 1, partial(self.loop.abort, sequence), stops=stops)
+                ChoiceReader(
+                    0,
+                    inbox,
+                    text,
+                    tokenizer,
+                    control,
+                    1,
+                    partial(self.loop.abort, sequence),
+                    stop=("never",) if stops else (),
+                )
             )
             self.scheduler.submit(sequence)
             self.loop._live[sequence] = None

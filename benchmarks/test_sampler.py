@@ -10,7 +10,7 @@ import torch
 from headrace.kernels.control import ControlIds
 from headrace.kernels.sampling import SamplerState, sample
 
-CASES = [(1, 512), (32, 512), (256, 512), (1024, 512), (1, 131072), (32, 131072)]
+CASES = [(1, 640), (32, 640), (256, 640), (1024, 640), (1, 131072), (32, 131072)]
 
 
 @pytest.mark.benchmark(group="sampler")

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headrace.engine.engine import Engine
-    from headrace.engine.errors import ContextExceeded, EngineClosed, GenerationError, QueueFull, RequestError
+    from headrace.engine.errors import (
+        ContextExceeded,
+        EngineClosed,
+        EngineFailed,
+        GenerationError,
+        QueueFull,
+        RequestError,
+    )
     from headrace.engine.options import EngineConfig
     from headrace.engine.request import (
         ChatOptions,
@@ -26,7 +33,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "engine": ("Engine",),
-    "errors": ("ContextExceeded", "EngineClosed", "GenerationError", "QueueFull", "RequestError"),
+    "errors": ("ContextExceeded", "EngineClosed", "EngineFailed", "GenerationError", "QueueFull", "RequestError"),
     "options": ("EngineConfig",),
     "request": (
         "ChatOptions",
@@ -51,6 +58,7 @@ __all__ = [
     "Engine",
     "EngineClosed",
     "EngineConfig",
+    "EngineFailed",
     "Finished",
     "GenerationError",
     "QueueFull",

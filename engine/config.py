@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -194,7 +195,7 @@ class _Reader:
     def number(self, key: str, default: Any = _MISSING) -> float:
         """A finite number > 0."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             raise ConfigError(f"{key} must be a finite number > 0, got {value!r}")
         return float(value)
 
@@ -247,8 +248,9 @@ def _refuse_scaling(read: _Reader, key: str) -> None:
 def _as_float(value: Any) -> float | None:
     """A number, also in transformers' spelling of those JSON lacks: {"__float__": "Infinity"}."""
     if isinstance(value, dict) and value.keys() == {"__float__"}:
-        value = {"Infinity": math.inf}.get(value["__float__"])
-    return None if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+        value = math.inf if value["__float__"] == "Infinity" else None
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and not abs(value) > sys.float_info.max or value == math.inf else None
 
 
 def _norm_eps(read: _Reader) -> float:

@@ -15,7 +15,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from headrace.engine.config import ModelConfig
+from headrace.engine.config import ConfigError, ModelConfig
 from headrace.engine.errors import ContextExceeded, EngineClosed, GenerationError, QueueFull, RequestError
 from headrace.engine.loop import EngineLoop, Inbox, MaskState
 from headrace.engine.model.batch import Caches
@@ -63,7 +63,13 @@ class Engine:
     ) -> None:
         path = EMBEDDED_MODEL if model is None else Path(model)
         config = config or EngineConfig()
+        if not path.is_dir():
+            raise ConfigError(f"{path} is not a checkpoint folder")
+        model_config = ModelConfig.load(path)
         tokenizer = load_tokenizer(path)
+        # Everything that config.json and the tokenizer can refuse is refused before the weights are read.
+        check_control_ids(control_ids(tokenizer, config.closing_text), model_config)
+        cache_sizes(model_config, config)
         # A base model has no template: it generates, and refuses to chat.
         template = ChatTemplate.load(path, tokenizer) if has_chat_template(path) else None
         network = load_model(path, device=config.device, progress=progress)
@@ -100,23 +106,11 @@ class Engine:
         self.model_name = name
         self.tokenizer = tokenizer
         self.control = control_ids(tokenizer, config.closing_text)
-        if (highest := max(self.control.eos + self.control.closing, default=0)) >= model_config.vocab_size:
-            raise ValueError(
-                f"the tokenizer's control id {highest} is outside the model's vocabulary of {model_config.vocab_size}"
-            )
+        check_control_ids(self.control, model_config)
         self._template = template
-        allocate = partial(Caches.allocate, model_config)
-        self.sizes: CacheSizes = plan_caches(
-            allocate(1, 1, config.page_size, device="meta"),
-            num_slots=config.max_sequences,
-            page_size=config.page_size,
-            model_context=model_config.max_position_embeddings,
-            max_context=config.max_context,
-            num_pages=config.num_pages,
-            cache_bytes=config.cache_bytes,
-        )
+        self.sizes: CacheSizes = cache_sizes(model_config, config)
         sizes = self.sizes
-        caches = allocate(sizes.num_slots, sizes.num_pages, sizes.page_size, device=config.device)
+        caches = Caches.allocate(model_config, sizes.num_slots, sizes.num_pages, sizes.page_size, config.device)
         self._scheduler = scheduling.Scheduler(scheduler_limits(config, sizes, model_config))
         runner = Runner(network, caches, sizes, self.control, config.device)
         self._loop = EngineLoop(self._scheduler, runner, config.max_waiting, model_config.vocab_size)
@@ -256,6 +250,11 @@ class Engine:
         """Whether the engine takes requests: not closed, not draining, its thread not failed."""
         return self._loop.accepting
 
+    @property
+    def fault(self) -> str | None:
+        """Why the engine's own thread failed, if it did; it then has to be made anew."""
+        return self._loop.fault
+
     def stats(self) -> dict[str, int]:
         """Counts of the moment: sequences, pages, slots, steps, preemptions."""
         s = self._scheduler
@@ -339,7 +338,7 @@ class Engine:
                     self.control,
                     len(prompt),
                     partial(self._loop.abort, sequence),
-                    stops=bool(params.stop),
+                    stop=params.stop,
                     logprobs=logprobs,
                     content_from_reasoning=content_from_reasoning,
                 )
@@ -384,6 +383,25 @@ def control_ids(tokenizer: Tokenizer, closing_text: str = "") -> ControlIds:
         end_think=end_think,
         tool_call=markers.get("<tool_call>", -1),
         closing=closing,
+    )
+
+
+def check_control_ids(control: ControlIds, model: ModelConfig) -> None:
+    """Raises ConfigError if the tokenizer has control ids that the model has no embedding for."""
+    if (highest := max(control.eos + control.closing, default=0)) >= model.vocab_size:
+        raise ConfigError(f"the tokenizer's control id {highest} is outside the model's vocab_size {model.vocab_size}")
+
+
+def cache_sizes(model: ModelConfig, config: EngineConfig) -> CacheSizes:
+    """What fits, see ``plan_caches``."""
+    return plan_caches(
+        Caches.allocate(model, 1, 1, config.page_size, device="meta"),
+        num_slots=config.max_sequences,
+        page_size=config.page_size,
+        model_context=model.max_position_embeddings,
+        max_context=config.max_context,
+        num_pages=config.num_pages,
+        cache_bytes=config.cache_bytes,
     )
 
 

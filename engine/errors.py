@@ -51,6 +51,10 @@ class EngineClosed(RuntimeError):
     """The engine is closed or closing and takes no more requests."""
 
 
+class EngineFailed(EngineClosed):
+    """The engine's own thread failed; it answers nothing any more. The message says why."""
+
+
 class GenerationError(RuntimeError):
     """A request was accepted and then failed: non-finite logits or its own mask (alone), or a failing step."""
 

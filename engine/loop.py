@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from headrace.engine.errors import EngineClosed, QueueFull
+from headrace.engine.errors import EngineClosed, EngineFailed, QueueFull
 from headrace.engine.reasoning import BudgetMachine
 from headrace.engine.request import Mask
 from headrace.engine.schedule.plan import StepPlan, StepResult
@@ -124,7 +124,7 @@ class EngineLoop:
         self._thread: threading.Thread | None = None
         self._closing = False
         self._draining = False
-        self._fault: str | None = None
+        self.fault: str | None = None  # why the thread failed, if it did
         self._live: dict[Sequence, None] = {}  # in order of submission
         self._masks: dict[Sequence, MaskState] = {}
         self.steps = 0
@@ -134,10 +134,10 @@ class EngineLoop:
     def submit(self, sequences: list[Sequence], masks: list[MaskState] | None = None) -> None:
         """Queue sequences, all or none. Raises QueueFull or EngineClosed."""
         with self._condition:
+            if self.fault is not None:
+                raise EngineFailed(self.fault)
             if not self.accepting:
-                raise EngineClosed(
-                    self._fault or ("the engine is closed" if self._closing else "the engine is draining")
-                )
+                raise EngineClosed("the engine is closed" if self._closing else "the engine is draining")
             # An idle engine takes a request of any number of choices; otherwise the limit is the limit.
             if self._live and len(self._live) + len(sequences) > self._max_live:
                 raise QueueFull(max(0, len(self._live) - self._scheduler.limits.num_slots), self._max_waiting)
@@ -187,8 +187,8 @@ class EngineLoop:
                     self._step(plan)
         except BaseException as error:  # a fault of ours, not of a step: nobody may wait for ever
             logger.exception("the engine thread failed")
-            self._fault = f"the engine failed: {error}"
-            end = End(Finish.ERROR, error=self._fault)
+            self.fault = f"the engine failed: {error}"
+            end = End(Finish.ERROR, error=self.fault)
         with self._condition:
             self._closing = True
             left = list(self._live)

@@ -45,7 +45,7 @@ class ChoiceReader:
         prompt_tokens: int,
         abort: Callable[[], None],
         *,
-        stops: bool = False,
+        stop: Sequence[str] = (),
         logprobs: bool = False,
         content_from_reasoning: bool = False,
     ) -> None:
@@ -54,8 +54,9 @@ class ChoiceReader:
         self.ids: list[int] = []
         self.finished = False  # the Finished event has been made
         self.abort = abort
-        self._eager = stops
-        if stops:
+        self._stops = tuple(stop)
+        self._eager = bool(stop)
+        if stop:
             inbox.on_arrival = self.advance
         self._text = text
         self._tokenizer = tokenizer
@@ -102,12 +103,22 @@ class ChoiceReader:
         pieces = [self._pieces.popleft() for _ in range(len(self._pieces))]
         events: list[Delta | Finished] = [*self._deltas(pieces)]
         if end is not None:
-            if self._content_from_reasoning and not self._answered and end.reason in ("stop", "length"):
-                entries = None if self._logprobs is None else ()
-                events.append(Delta(self.index, "content", "".join(self._reasoning), (), entries))
+            events += self._reasoning_as_content(end)
             events.append(replace(end, token_ids=tuple(self.ids[self._reported :])))
             self.finished = True
         return events
+
+    def _reasoning_as_content(self, end: Finished) -> list[Delta]:
+        """The reasoning once more, as the answer, by the answer's rules: no newline in front, nothing from a stop on.
+
+        Only where the model never began to answer. Its tokens and log-probabilities stay with the reasoning.
+        """
+        if not self._content_from_reasoning or self._answered or end.reason == "error" or end.reason == "abort":
+            return []
+        text = "".join(self._reasoning).lstrip("\n")
+        text = text[: min((text.index(stop) for stop in self._stops if stop in text), default=len(text))]
+        entries = None if self._logprobs is None else ()
+        return [Delta(self.index, "content", text, (), entries)] if text and end.stop_string is None else []
 
     def _take(self, item: Token | tuple[int, int]) -> Piece | None:
         if isinstance(item, Token):

@@ -29,4 +29,9 @@ def gated_rms_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: fl
 
 
 def _normalise(x: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+    squares = x * x
+    if squares[..., 0].numel() == 1:
+        # A single long sum would be split among threads, in another order; of two, each is one thread's.
+        squares = squares.expand(2, *squares.shape).contiguous()
+        return x * torch.rsqrt(squares.mean(-1, keepdim=True)[0] + eps)
+    return x * torch.rsqrt(squares.mean(-1, keepdim=True) + eps)

@@ -122,8 +122,8 @@ class TextStream:
             self._decode(data, number)
 
     def _end_run(self) -> None:
-        """Queues what was left incomplete, in its own channel: mostly one U+FFFD, but the incremental decoder also holds
-        back the beginning of a UTF-16 surrogate, which never completes and is invalid byte by byte.
+        """Queues what was left incomplete, in its own channel: mostly one U+FFFD, but the incremental decoder also
+        holds back the beginning of a UTF-16 surrogate, which never completes and is invalid byte by byte.
         """
         if self._partial:
             text = self._partial.decode("utf-8", "replace")

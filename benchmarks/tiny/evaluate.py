@@ -10,6 +10,7 @@ expected text. Decoding is greedy.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -140,6 +141,11 @@ def talk(engine: Engine) -> list[list[tuple[str, Completion]]]:
     return conversations
 
 
+def digest(path: Path) -> str:
+    """SHA-256 of a file: which weights the figures belong to."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def measure(path: Path, count: int, seed: int) -> dict[str, object]:
     """Everything the card says, as plain data."""
     scores: dict[str, dict[str, Score]] = {}
@@ -161,6 +167,7 @@ def measure(path: Path, count: int, seed: int) -> dict[str, object]:
             for turns in talk(engine)
         ]
     return {
+        "weights_sha256": digest(path / "model.safetensors"),
         "problems": count,
         "seed": seed,
         "scores": {

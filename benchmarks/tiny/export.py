@@ -1,4 +1,4 @@
-"""Write a trained model in the published layout: `python -m benchmarks.tiny.export /tmp/tiny --out engine/tiny`.
+"""Write a trained model in the published layout: `python -m benchmarks.tiny.export RUN --out engine/tiny`.
 
 Everything is stored as bf16 except the routers' correction biases (fp32), with one tensor per expert.
 """

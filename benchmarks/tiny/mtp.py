@@ -122,8 +122,7 @@ def work(team: Team, args: Namespace) -> None:
         args.out, Progress(args.minutes), {"head": head}, optimizers, args.rate, step,
         lambda: agreement(network, head), lambda progress, found: None, args.evaluations, "mtp", team, warmup_steps=20,
     )  # fmt: skip
-    if args.resume:
-        trainer.resume()
+    trainer.begin(args.resume)
     trainer.run()
 
 

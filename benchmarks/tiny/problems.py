@@ -48,9 +48,14 @@ def is_right(problem: Problem, content: str) -> bool:
 
 
 def held_out(category: str, n: int, seed: int) -> list[Problem]:
-    """`n` single-turn problems whose operands never occur in training."""
+    """`n` different single-turn problems whose operands never occur in training; chat has no operands to hold out."""
     rng = random.Random(f"held-out/{category}/{seed}")
-    return [draw(rng, category, held=True) for _ in range(n)]
+    found: dict[object, Problem] = {}
+    while len(found) < n:
+        problem = draw(rng, category, held=True)
+        key = (problem.operation, problem.operands) if problem.operands else problem.messages[0]["content"]
+        found.setdefault(key, problem)
+    return list(found.values())
 
 
 def draw(rng: random.Random, category: str, held: bool = False) -> Problem:
@@ -125,7 +130,7 @@ def make_compare(rng: random.Random) -> Problem:
 def make_word(rng: random.Random) -> Problem:
     n, m, k = rng.sample(phrases.NAMES, 3)
     thing = rng.choice(phrases.THINGS)
-    kind = rng.choices(("+", "-", "*", "?", "++"), (3, 3, 3, 1, 2))[0]
+    kind = rng.choices(("+", "-", "*", "?", "++"), (3, 3, 3, 4, 2))[0]
     values = {"n": n, "m": m, "k": k, "o": thing, "h": rng.choice(phrases.HOLDERS)}
     operands: tuple[int, ...]
     if kind == "*":

@@ -77,8 +77,17 @@ class Trainer:
         torch.save(state, part)
         os.replace(part, self.checkpoint)
 
+    def begin(self, resume: bool) -> None:
+        """Continue from the checkpoint, or refuse to overwrite one; the budget is the one asked for now."""
+        if resume and not self.checkpoint.is_file():
+            raise SystemExit(f"{self.checkpoint} is not there to be resumed")
+        if not resume and self.checkpoint.is_file():
+            raise SystemExit(f"{self.checkpoint} exists: add --resume to continue it, or choose another --out")
+        if resume:
+            self.resume()
+
     def resume(self) -> None:
-        """Continue from the checkpoint; the budget is the one asked for now."""
+        """Load the checkpoint."""
         state = torch.load(self.checkpoint, weights_only=True)
         self.progress = Progress(**state["progress"] | {"minutes": self.progress.minutes})
         for name, module in self.modules.items():
@@ -154,7 +163,7 @@ class Trainer:
 def arguments(description: str, minutes: float) -> argparse.ArgumentParser:
     """The options of both stages."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, default=Path("/tmp/tiny"), help="folder of checkpoints and log.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of checkpoints and log.jsonl")
     parser.add_argument("--minutes", type=float, default=minutes, help="wall-clock budget over all resumed runs")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--compile", action="store_true", help="torch.compile: twice as fast after two minutes")

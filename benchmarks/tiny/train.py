@@ -90,8 +90,7 @@ def work(team: Team, args: Namespace) -> None:
         args.out, progress, {"network": network}, optimizers, args.rate, step, lambda: accuracy(network), adapt,
         args.evaluations, "backbone", team,
     )  # fmt: skip
-    if args.resume:
-        trainer.resume()
+    trainer.begin(args.resume)
     trainer.run()
 
 

@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = app(args=argv, prog_name="headrace", standalone_mode=False)
     except (typer.TyperException, UserError) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-        print(f"headrace: {' '.join(message.split())}", file=sys.stderr)
+        if message := " ".join(message.replace("Value error, ", "").split()):  # none: the help has been printed
+            print(f"headrace: {message}", file=sys.stderr)
         return USER_ERROR
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED

@@ -83,7 +83,10 @@ def _interactive(conversation: Conversation) -> None:
         try:
             if not conversation.take(line):
                 return
-            interrupted = conversation.interrupted
+            # A second Ctrl-C meant for the answer that just stopped does not leave: two at the prompt do.
+            interrupted = False
+        except KeyboardInterrupt:
+            print()
         except UserError as error:
             interrupted = False
             print(f"headrace: {error}", file=sys.stderr)

@@ -34,9 +34,16 @@ class Access:
 
 def _check_origin(origin: bytes | None) -> None:
     # A web page from elsewhere can make a browser on this machine post here; browsers say so in Origin.
-    if origin is not None and not is_loopback_name(urlsplit(origin.decode("latin-1")).hostname):
+    if origin is not None and not is_loopback_name(_host_of(origin)):
         message = "a server without API keys does not answer web pages of other hosts"
         raise ApiError(403, message, code="foreign_origin")
+
+
+def _host_of(origin: bytes) -> str | None:
+    try:
+        return urlsplit(origin.decode("latin-1")).hostname
+    except ValueError:  # not a URL, so not one of ours
+        return None
 
 
 def is_loopback_name(host: str | None) -> bool:

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from headrace.engine import Finished
 from headrace.engine.serve.access import Access
 from headrace.engine.serve.bodies import Answer, Chunks, Envelope, check_finished
-from headrace.engine.serve.errors import ApiError, from_engine, internal, unavailable
+from headrace.engine.serve.errors import ApiError, failed, from_engine, internal, unavailable
 from headrace.engine.serve.profiles import EVENTS, NIM, Profile
 from headrace.engine.serve.protocol import ChatCall, check_model, parse_chat
 from headrace.engine.serve.service import MAX_BODY_BYTES, Service
@@ -54,7 +54,7 @@ def create_app(
         Route("/v1/chat/completions", ChatCompletions(service), methods=["POST"]),
         Route("/v1/models", partial(_models, service)),
         Route("/v1/models/{model_id:path}", partial(_model, service)),
-        Route("/health/live", _live),
+        Route("/health/live", partial(_live, service)),
         Route("/health/ready", partial(_ready, service)),
     ]
     handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error}
@@ -210,7 +210,10 @@ async def _model(service: Service, request: Request) -> Response:
     return JSONResponse(card)
 
 
-async def _live(request: Request) -> Response:
+async def _live(service: Service, request: Request) -> Response:
+    """Live until only a restart would help."""
+    if service.fault is not None:
+        raise failed(service.fault)
     return JSONResponse({"status": "live"})
 
 

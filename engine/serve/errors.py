@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from headrace.engine import EngineClosed, QueueFull, RequestError
+from headrace.engine import EngineClosed, EngineFailed, QueueFull, RequestError
 
 VALIDATION_STATUS = 422
 RETRY_SECONDS = 2
@@ -55,6 +55,11 @@ def generation_failed(detail: str | None) -> ApiError:
     return ApiError(500, message, code="generation_failed", headers={"x-should-retry": "false"})
 
 
+def failed(detail: str) -> ApiError:
+    """The engine's own thread has failed: nothing will be answered until the server is started again."""
+    return ApiError(500, detail, code="engine_failed", headers={"x-should-retry": "false"})
+
+
 def internal() -> ApiError:
     """A bug of ours. The details are in the server's log, not in the answer."""
     return ApiError(500, "internal error", code="internal_error", headers={"x-should-retry": "false"})
@@ -69,6 +74,8 @@ def from_engine(error: Exception) -> ApiError | None:
         return ApiError(status, str(error), param=error.param, code=error.code)
     if isinstance(error, QueueFull):
         return ApiError(429, str(error), code="queue_full", headers={"retry-after": _seconds(error.retry_after)})
+    if isinstance(error, EngineFailed):
+        return failed(str(error))
     if isinstance(error, EngineClosed):
         return unavailable("the engine is closing", "draining")
     return None

@@ -20,7 +20,6 @@ from headrace.engine.request import (
     MAX_SEED,
     MAX_STOP_LENGTH,
     MAX_STOPS,
-    MAX_TEMPERATURE,
     MAX_TOKENS_LIMIT,
     MAX_TOP_LOGPROBS,
 )
@@ -99,7 +98,7 @@ class ChatRequest(_Body):
 
     messages: list[Message] = Field(min_length=1)
     model: str | None = None
-    temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE)
+    temperature: float = Field(1.0, ge=0)  # the profile knows the upper end
     top_p: float = Field(0.95, ge=0, le=1)
     max_tokens: TokenLimit | None = None
     max_completion_tokens: TokenLimit | None = None
@@ -143,7 +142,7 @@ UNIMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "logits_processors": ([],),
     "tools": ([],),
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "auto"),  # "auto" among no tools; tools themselves are refused above
     "functions": ([],),
     "function_call": ("none",),
     "response_format": ({"type": "text"},),

@@ -56,6 +56,11 @@ class Service:
             raise unavailable("the model is still loading", "starting")
         return self._engine
 
+    @property
+    def fault(self) -> str | None:
+        """Why the engine has failed for good, if it has."""
+        return self._engine.fault if self._engine is not None else None
+
     def name_of(self, engine: Engine) -> str:
         """The name that clients use for the engine's model."""
         return self._served_name or engine.model_name

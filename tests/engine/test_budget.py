@@ -117,6 +117,22 @@ def test_end_of_sequence_while_thinking_ends_the_request(text):
         assert forced.content == result.reasoning_content
 
 
+def test_reasoning_given_as_content_keeps_the_rules_of_content(text):
+    """No newline in front, nothing from a stop string on, and nothing at all where an answer was begun and cut."""
+    with scripted_engine(text, Scripted(lambda t: {A: B, B: EOS}.get(t, A))) as engine:
+        options = ChatOptions(chat_template_kwargs={"force_nonempty_content": True})
+        plain = engine.chat(QUESTION, SamplingParams(temperature=0.0), options)
+        assert plain.content == plain.reasoning_content
+        stop = plain.content[-2:]
+        cut = engine.chat(QUESTION, SamplingParams(temperature=0.0, stop=stop), options)
+        assert cut.content == plain.content[: plain.content.index(stop)]
+        assert cut.reasoning_content == plain.reasoning_content
+    with scripted_engine(text, Scripted(endless)) as engine:
+        answer = engine.chat(QUESTION, SamplingParams(temperature=0.0, reasoning_budget=2)).content
+        cut = engine.chat(QUESTION, SamplingParams(temperature=0.0, reasoning_budget=2, stop=answer[:1]), options)
+        assert cut.content is None
+
+
 def test_the_budget_of_the_template_arguments_wins(text):
     with scripted_engine(text, Scripted(endless)) as engine:
         options = ChatOptions(chat_template_kwargs={"reasoning_budget": 3})

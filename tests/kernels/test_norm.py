@@ -16,7 +16,7 @@ class Case:
 
 CASES = [
     Case(0, 16), Case(0, 12, 3), Case(1, 1), Case(1, 160), Case(2, 7), Case(5, 13, 13), Case(3, 4096), Case(17, 33, 3),
-    Case(64, 176, 2), Case(1, 8192, 8), Case(130, 160, 4), Case(4, 20_000),
+    Case(64, 176, 2), Case(1, 8192, 8), Case(130, 160, 4), Case(4, 20_000), Case(4, 65_536), Case(1, 65_536),
 ]  # fmt: skip
 
 

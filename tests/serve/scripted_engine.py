@@ -126,6 +126,7 @@ class ScriptedEngine:
     model_name = "scripted/model"
     max_context = 4096
     accepting = True
+    fault: str | None = None
 
     def __init__(self, *scripts: Script | Exception) -> None:
         self._changed = threading.Condition()

@@ -139,7 +139,7 @@ def test_a_bad_field_is_refused_by_name(fields: dict[str, Any], param: str) -> N
 
 OTHER_VALUES = {
     "frequency_penalty": 0.5, "presence_penalty": -1, "repetition_penalty": 1.1, "tools": [{"type": "function"}],
-    "tool_choice": "auto", "response_format": {"type": "json_object"}, "logit_bias": {"5": 1},
+    "tool_choice": "required", "response_format": {"type": "json_object"}, "logit_bias": {"5": 1},
 }  # fmt: skip
 
 

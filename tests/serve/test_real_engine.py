@@ -131,3 +131,19 @@ def test_a_full_queue_is_429(server: LiveServer, engine: Engine) -> None:
         answer = client.chat.completions.create(model=engine.model_name, **ASK)  # it tries again on its own
     assert answer.choices[0].finish_reason in ("stop", "length")
     assert all_free(engine)
+
+
+def test_a_failed_engine_says_so_and_is_not_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients are told not to try again, and whoever watches the process to start it anew."""
+    with Engine(config=EngineConfig(max_sequences=1)) as engine, live(engine) as server:
+
+        def broken() -> None:
+            raise AssertionError("planted fault")
+
+        monkeypatch.setattr(engine._scheduler, "schedule", broken)
+        for _ in range(2):
+            response = server.chat(**ASK)
+            assert (response.status_code, response.headers["x-should-retry"]) == (500, "false")
+            assert "planted fault" in response.json()["error"]["message"]
+        assert server.client.get("/health/live").status_code == 500
+        assert server.client.get("/health/ready").status_code == 503

@@ -23,7 +23,9 @@ def measured():
     return json.loads((MODEL / "evaluation.json").read_text())
 
 
-@pytest.mark.parametrize(("category", "least"), [("add", 30), ("sub", 30), ("mul3x2", 29), ("word", 28)])
+@pytest.mark.parametrize(
+    ("category", "least"), [("add", 30), ("sub", 30), ("mul3x2", 29), ("mul3x3", 28), ("sum", 29), ("word", 28)]
+)
 def test_it_reasons_on_problems_it_never_saw(engine, category, least):
     """32 held-out problems, other ones than the card's; ``least`` leaves room for the accuracy that the card states."""
     outcomes = evaluate.ask_all(engine, problems.held_out(category, 32, seed=7))
@@ -102,6 +104,10 @@ def test_reasoning_matters(measured, category):
     quarter = [a for b, a in measured["curves"][category] if b == round(0.25 * usual["median_trace"])]
     assert quarter
     assert usual["accuracy"] - quarter[0] >= 0.30
+
+
+def test_the_figures_are_those_of_these_weights(measured):
+    assert measured["weights_sha256"] == evaluate.digest(MODEL / "model.safetensors")
 
 
 def test_the_card_says_what_was_measured(measured):

@@ -62,8 +62,11 @@ def _entries(file: Path, raw: bytes) -> list[Entry]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            seen: set[str] = set()
+            twice = ""
+            for name, _ in pairs:
+                twice = name if name in seen else twice
+                seen.add(name)
             raise CheckpointError(f"{file}: header names {twice!r} twice")
         return found
 
