@@ -61,9 +61,9 @@ WORD_MULTIPLY = (
     "{n} finds {a} {o} a day for {b} days. How many {o} does {n} find?",
 )
 WORD_COMPARE = (
-    "{n} has {a} {o} and {m} has {b} {o}. Who has more?",
-    "{n} found {a} {o}. {m} found {b} {o}. Who found more?",
-    "Who has more {o}, {n} with {a} or {m} with {b}?",
+    "{n} has {a} {o} and {m} has {b} {o}. How many {o} does the one with more have?",
+    "{n} found {a} {o}. {m} found {b} {o}. How many {o} did the one with more find?",
+    "How many {o} has the one with more, {n} with {a} or {m} with {b}?",
 )
 WORD_SUM = (
     "{n} has {a} {o}, {m} has {b} {o} and {k} has {c} {o}. How many {o} do they have together?",

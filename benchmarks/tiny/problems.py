@@ -130,7 +130,7 @@ def make_compare(rng: random.Random) -> Problem:
 def make_word(rng: random.Random) -> Problem:
     n, m, k = rng.sample(phrases.NAMES, 3)
     thing = rng.choice(phrases.THINGS)
-    kind = rng.choices(("+", "-", "*", "?", "++"), (3, 3, 3, 4, 2))[0]
+    kind = rng.choices(("+", "-", "*", "?", "++"), (3, 3, 3, 3, 2))[0]
     values = {"n": n, "m": m, "k": k, "o": thing, "h": rng.choice(phrases.HOLDERS)}
     operands: tuple[int, ...]
     if kind == "*":
@@ -149,10 +149,9 @@ def make_word(rng: random.Random) -> Problem:
         operands = pair(rng, 3)
         wording, worked = rng.choice(phrases.WORD_COMPARE), traces.compare(*operands)
     question = wording.format(**values, **dict(zip("abc", operands, strict=False)))
-    if kind == "?":
-        answer = {-1: m, 0: worked.answer, 1: n}[(operands[0] > operands[1]) - (operands[0] < operands[1])]
-    else:
-        answer = f"{worked.answer} {thing[:-1] if worked.answer == '1' else thing}"
+    answer = worked.answer
+    if answer.isdigit():  # of two equal numbers none is the larger, and the answer is a sentence
+        answer += f" {thing[:-1] if answer == '1' else thing}"
     return build("word", question, replace(worked, answer=answer), kind, operands)
 
 
