@@ -17,7 +17,7 @@ def test_host_step(benchmark: Any, count: int) -> None:
     """Commit, stops, hand-out, schedule and input tensors."""
     batch = DecodingBatch(count)
     benchmark.extra_info.update(sequences=count, bar_s=50e-6 + 3e-6 * count)
-    inputs = benchmark.pedantic(batch.host_step, rounds=ROUNDS, warmup_rounds=5)
+    inputs = benchmark.pedantic(batch.host_step, setup=batch.drain, rounds=ROUNDS, warmup_rounds=5)
     assert len(inputs.token_ids) == count
 
 
@@ -27,7 +27,7 @@ def test_host_step_with_stops(benchmark: Any, count: int) -> None:
     """The same where the engine thread also makes the text of every token and looks for stop strings in it."""
     batch = DecodingBatch(count, stops=True)
     benchmark.extra_info.update(sequences=count, bar_s=50e-6 + 3e-6 * count)
-    inputs = benchmark.pedantic(batch.host_step, rounds=ROUNDS, warmup_rounds=5)
+    inputs = benchmark.pedantic(batch.host_step, setup=batch.drain, rounds=ROUNDS, warmup_rounds=5)
     assert len(inputs.token_ids) == count
 
 

@@ -80,20 +80,20 @@ class ChoiceReader:
 
     def advance(self) -> None:
         """Make text of everything that has arrived. Called by one thread only, see above."""
-        items = self.inbox.items
+        items, text = self.inbox.items, self._text
         while items and self._end is None:
             item = items.popleft()
             if isinstance(item, End):
-                self._pieces.extend(self._text.finish())
+                self._pieces.extend(text.finish())
                 self._close("abort" if item.aborted else _REASONS[item.finish], error=item.error)
                 return
             piece = self._take(item)
             if piece is not None:
                 self._pieces.append(piece)
-            if self._text.stop_string is not None:
+            if text.stop_string is not None:
                 self.abort()
-                self._pieces.extend(self._text.finish())
-                self._close("stop", stop_string=self._text.stop_string)
+                self._pieces.extend(text.finish())
+                self._close("stop", stop_string=text.stop_string)
 
     def events(self) -> list[Delta | Finished]:
         """What there is to tell, neighbouring pieces of a channel as one delta."""
@@ -121,12 +121,12 @@ class ChoiceReader:
         return [Delta(self.index, "content", text, (), entries)] if text and end.stop_string is None else []
 
     def _take(self, item: Token | tuple[int, int]) -> Piece | None:
-        if isinstance(item, Token):
+        if isinstance(item, tuple):
+            token, phase = item
+        else:
             token, phase = item.token_id, item.phase
             if self._logprobs is not None:
                 self._logprobs.append(self._entry(item))
-        else:
-            token, phase = item
         self.ids.append(token)
         self._completion_tokens += 1
         if phase == Phase.THINKING and token not in self._markers:

@@ -171,6 +171,11 @@ class _Held:
         """Shows the first `end` characters."""
         if not end:
             return None
+        if len(self._starts) == 1 and end == len(self.text):  # by far the most common: one token, all of its text
+            token, text = self._starts[0][1], self.text
+            named, self._named = token > self._named, max(token, self._named)
+            self._starts, self.text = [], ""
+            return Piece(self._channel, text, (token,) if named else ())
         tokens = []
         while self._starts and self._starts[0][0] < end:
             token = self._starts.pop(0)[1]

@@ -47,7 +47,8 @@ def test_without_the_key_nothing_but_health_is_served() -> None:
 
 
 @pytest.mark.parametrize(("origin", "status"), [
-    ("https://evil.example", 403), ("http://localhost.evil.example", 403), ("null", 403), ("http://10.0.0.1", 403), ("http://[", 403),
+    ("https://evil.example", 403), ("http://localhost.evil.example", 403), ("null", 403), ("http://10.0.0.1", 403),
+    ("http://[", 403),
     ("http://localhost:3000", 200), ("http://127.0.0.1", 200), ("http://[::1]:8000", 200),
 ])  # fmt: skip
 def test_a_server_without_keys_ignores_foreign_web_pages(server: LiveServer, origin: str, status: int) -> None:
