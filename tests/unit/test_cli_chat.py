@@ -6,6 +6,7 @@ import io
 import os
 import pty
 import select
+import signal
 import sys
 import time
 from pathlib import Path
@@ -110,6 +111,8 @@ class Terminal:
     def __init__(self, *argv: str) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            # Where the tests run in the background of a shell, SIGINT is ignored, and that is inherited.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             environment = os.environ | {"TERM": "xterm", "NO_COLOR": ""}
             os.execve(
                 sys.executable, [sys.executable, str(Path(__file__).with_name("scripted_cli.py")), *argv], environment
