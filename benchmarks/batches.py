@@ -11,6 +11,7 @@ from headrace.engine.config import ModelConfig
 from headrace.engine.engine import EMBEDDED_MODEL
 from headrace.engine.loop import EngineLoop, Inbox
 from headrace.engine.model.batch import Batch, Caches
+from headrace.engine.run.device import Device
 from headrace.engine.run.memory import CacheSizes
 from headrace.engine.run.runner import Runner
 from headrace.engine.schedule.plan import SlotParams, StepPlan, StepResult
@@ -18,6 +19,7 @@ from headrace.engine.schedule.scheduler import Limits, Scheduler
 from headrace.engine.schedule.sequence import Sequence
 from headrace.engine.stream import ChoiceReader
 from headrace.engine.waiting import ThreadWaiter
+from headrace.kernels import select
 from headrace.kernels.control import ControlIds, Phase
 from headrace.tokenizer import TextStream
 from headrace.tokenizer import load as load_tokenizer
@@ -57,7 +59,7 @@ class DecodingBatch:
         self.scheduler = Scheduler(Limits(count, pages, PAGE_SIZE, CHUNK, CHUNK + count, CHUNK, CONTEXT))
         sizes = CacheSizes(count, pages, PAGE_SIZE, CONTEXT, 1, 1)
         caches = Caches.allocate(ModelConfig.from_json(SMALL), count, 1, PAGE_SIZE)
-        self.runner = Runner(NoModel(), caches, sizes, ControlIds(eos=()), "cpu")
+        self.runner = Runner(NoModel(), select(), caches, sizes, ControlIds(eos=()), Device("cpu"))
         self.loop = EngineLoop(self.scheduler, self.runner, count, 64)
         tokenizer = load_tokenizer(EMBEDDED_MODEL)
         self.readers = []
@@ -101,7 +103,7 @@ class DecodingBatch:
         plan = self.scheduler.schedule()
         assert plan is not None
         self.runner._move_sequences(plan)
-        return self.runner.inputs(plan)
+        return self.runner.inputs(plan)[0]
 
     def drain(self) -> None:
         """Take what has arrived off the readers' hands, as their threads do; a heap that only grows is slow."""

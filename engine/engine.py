@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+import torch
 
 from headrace.engine.config import ConfigError, ModelConfig
 from headrace.engine.errors import ContextExceeded, EngineClosed, GenerationError, QueueFull, RequestError
@@ -22,6 +23,7 @@ from headrace.engine.model.batch import Caches
 from headrace.engine.model.load import load_model
 from headrace.engine.options import EngineConfig
 from headrace.engine.request import ChatOptions, Completion, SamplingParams
+from headrace.engine.run.device import Device
 from headrace.engine.run.memory import CacheSizes, plan_caches
 from headrace.engine.run.runner import Model, Runner
 from headrace.engine.schedule import scheduler as scheduling
@@ -29,6 +31,7 @@ from headrace.engine.schedule import sequence as sequences
 from headrace.engine.schedule.plan import SlotParams
 from headrace.engine.stream import ChoiceReader, Collector, Stream
 from headrace.engine.waiting import LoopWaiter, ThreadWaiter
+from headrace.kernels import select
 from headrace.kernels.control import ControlIds
 from headrace.tokenizer import (
     ChatError,
@@ -69,10 +72,10 @@ class Engine:
         tokenizer = load_tokenizer(path)
         # Everything that config.json and the tokenizer can refuse is refused before the weights are read.
         check_control_ids(control_ids(tokenizer, config.closing_text), model_config)
-        cache_sizes(model_config, config)
+        cache_sizes(model_config, config, Device(config.device))
         # A base model has no template: it generates, and refuses to chat.
         template = ChatTemplate.load(path, tokenizer) if has_chat_template(path) else None
-        network = load_model(path, device=config.device, progress=progress)
+        network = load_model(path, device=config.device, progress=progress, backend=config.kernels)
         name = EMBEDDED_NAME if model is None else path.resolve().name
         self._assemble(network, network.config, tokenizer, template, name, config)
 
@@ -108,11 +111,15 @@ class Engine:
         self.control = control_ids(tokenizer, config.closing_text)
         check_control_ids(self.control, model_config)
         self._template = template
-        self.sizes: CacheSizes = cache_sizes(model_config, config)
-        sizes = self.sizes
-        caches = Caches.allocate(model_config, sizes.num_slots, sizes.num_pages, sizes.page_size, config.device)
+        device = Device(config.device)
+        self.sizes: CacheSizes = cache_sizes(model_config, config, device)
+        sizes, dtype = self.sizes, getattr(torch, config.torch_cache_dtype)
+        with device.work():
+            caches = Caches.allocate(
+                model_config, sizes.num_slots, sizes.num_pages, sizes.page_size, config.device, dtype
+            )
         self._scheduler = scheduling.Scheduler(scheduler_limits(config, sizes, model_config))
-        runner = Runner(network, caches, sizes, self.control, config.device)
+        runner = Runner(network, select(config.kernels), caches, sizes, self.control, device)
         self._loop = EngineLoop(self._scheduler, runner, config.max_waiting, model_config.vocab_size)
         self._loop_waiters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopWaiter] = (
             weakref.WeakKeyDictionary()
@@ -392,10 +399,12 @@ def check_control_ids(control: ControlIds, model: ModelConfig) -> None:
         raise ConfigError(f"the tokenizer's control id {highest} is outside the model's vocab_size {model.vocab_size}")
 
 
-def cache_sizes(model: ModelConfig, config: EngineConfig) -> CacheSizes:
+def cache_sizes(model: ModelConfig, config: EngineConfig, device: Device) -> CacheSizes:
     """What fits, see ``plan_caches``."""
+    dtype = getattr(torch, config.torch_cache_dtype)
     return plan_caches(
-        Caches.allocate(model, 1, 1, config.page_size, device="meta"),
+        Caches.allocate(model, 1, 1, config.page_size, device="meta", dtype=dtype),
+        device,
         num_slots=config.max_sequences,
         page_size=config.page_size,
         model_context=model.max_position_embeddings,

@@ -5,61 +5,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from types import MappingProxyType
+from importlib import import_module
+from types import ModuleType
 from typing import Any
-
-from headrace.kernels import activation, attention, linear, mamba, moe, norm, sampling
 
 Op = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """One backend's implementation of every op."""
+    """One backend's implementation of every op, in the order in which a step comes by them."""
 
     pack_linear: Op
+    pack_experts: Op
+    step_inputs: Op
+    embed: Op
     linear: Op
-    rms_norm: Op
-    gated_rms_norm: Op
-    relu2: Op
-    route: Op
-    experts: Op
-    append: Op
+    mamba_update: Op
+    mamba_prefill: Op
     decode_attention: Op
     prefill_attention: Op
-    conv_update: Op
-    conv_prefill: Op
-    ssm_update: Op
-    ssm_prefill: Op
+    route: Op
+    experts: Op
+    rms_norm: Op
     sample: Op
 
 
-TABLE: Mapping[str, Mapping[str, Op]] = MappingProxyType(
-    {
-        "pack_linear": {"reference": linear.pack_linear},
-        "linear": {"reference": linear.linear},
-        "rms_norm": {"reference": norm.rms_norm},
-        "gated_rms_norm": {"reference": norm.gated_rms_norm},
-        "relu2": {"reference": activation.relu2},
-        "route": {"reference": moe.route},
-        "experts": {"reference": moe.experts},
-        "append": {"reference": attention.append},
-        "decode_attention": {"reference": attention.decode_attention},
-        "prefill_attention": {"reference": attention.prefill_attention},
-        "conv_update": {"reference": mamba.conv_update},
-        "conv_prefill": {"reference": mamba.conv_prefill},
-        "ssm_update": {"reference": mamba.ssm_update},
-        "ssm_prefill": {"reference": mamba.ssm_prefill},
-        "sample": {"reference": sampling.sample},
-    }
-)
+MODULES = {
+    "pack_linear": "linear",
+    "pack_experts": "moe",
+    "step_inputs": "inputs",
+    "embed": "linear",
+    "linear": "linear",
+    "mamba_update": "mamba",
+    "mamba_prefill": "mamba",
+    "decode_attention": "attention",
+    "prefill_attention": "attention",
+    "route": "moe",
+    "experts": "moe",
+    "rms_norm": "norm",
+    "sample": "sampling",
+}
+"""Which module states an op's contract. A backend has a module of the same name for it."""
+
+BACKENDS = {"reference": "headrace.kernels", "triton": "headrace.kernels.triton"}
+"""Packages by backend; imported when selected, since not every machine has what they need."""
 
 
 def select(backend: str = "reference") -> Kernels:
-    """The backend's ops. Raises ValueError for a backend that lacks one."""
-    missing = [op for op, implementations in TABLE.items() if backend not in implementations]
-    if missing:
-        raise ValueError(f"backend {backend!r} has no implementation of {', '.join(missing)}")
-    return Kernels(**{field.name: TABLE[field.name][backend] for field in fields(Kernels)})
+    """The backend's ops. Raises ValueError for an unknown backend, ImportError where its needs are not installed."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+
+    def module(op: str) -> ModuleType:
+        return import_module(f"{BACKENDS[backend]}.{MODULES[op]}")
+
+    return Kernels(**{field.name: getattr(module(field.name), field.name) for field in fields(Kernels)})

@@ -7,9 +7,16 @@ Source: Dao and Gu, Transformers are SSMs (2024), section 6 for the chunked form
 share one B and C. Prompts are scanned in chunks of ``chunk`` tokens that begin at absolute multiples of ``chunk``;
 each chunk is a fixed set of GEMMs of a fixed shape (the last is padded with dt = 0, which changes nothing), and the
 state crosses chunks in fp32. So a prompt cut at any multiple of ``chunk`` gives the bits of the whole.
+
+Inputs of the convolution are kept in a ring: the input of position p lies in entry p % ring. A step of R tokens needs
+``ring >= conv_kernel - 1 + R``; then it reads no entry that it writes, in whatever order its parts run, and rolling
+back to an earlier position (within ring - conv_kernel + 1 tokens) moves a cursor. Positions below 0 are zeros. A
+sequence that starts at 0 begins from zero states, whatever its slot's memory holds.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,56 +26,121 @@ from headrace.kernels.activation import silu, softplus
 from headrace.kernels.linear import bmm
 
 
-def conv_update(x: Tensor, state: Tensor, slots: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """One token per slot; advances the slots' states in place.
+@dataclass(frozen=True, slots=True)
+class MambaWeights:
+    """What a mixer keeps between its projections; all fp32."""
 
-    x [B, C] fp32, state [num_slots, C, K - 1] (any float dtype; inputs are rounded to it before use), slots [B]
-    int64, weight [C, K], bias [C] fp32 -> silu(conv) [B, C] fp32.
+    conv_weight: Tensor  # [C, conv_kernel], C = heads * head_dim + 2 * groups * state_size: x, then B, then C
+    conv_bias: Tensor | None  # [C]
+    a: Tensor  # [heads], negative: -exp(A_log)
+    d: Tensor  # [heads]
+    dt_bias: Tensor  # [heads]
+    head_dim: int
+    groups: int  # divides heads
+    state_size: int
+
+    @property
+    def inner(self) -> int:
+        return self.a.shape[0] * self.head_dim
+
+    def split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """projected [T, inner + C + heads] -> gate [T, inner], input of the convolution [T, C], raw dt [T, heads]."""
+        gate, xbc, dt = torch.split(projected, [self.inner, self.conv_weight.shape[0], self.a.shape[0]], 1)
+        return gate, xbc, dt
+
+    def heads(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """xbc [T, C] -> x [T, heads, head_dim], B and C [T, groups, state_size]."""
+        shared = self.groups * self.state_size
+        x, b, c = torch.split(xbc, [self.inner, shared, shared], 1)
+        shape = -1, self.groups, self.state_size
+        return x.reshape(-1, self.a.shape[0], self.head_dim), b.reshape(shape), c.reshape(shape)
+
+
+def mamba_update(
+    projected: Tensor, conv: Tensor, ssm: Tensor, slots: Tensor, positions: Tensor, weights: MambaWeights, rows: int = 1
+) -> Tensor:
+    """The next ``rows`` tokens of each sequence, one after the other; advances the slots' states in place.
+
+    projected [B * rows, inner + C + heads] fp32 (a sequence's rows side by side, rows strided as they like), conv
+    [num_slots, ring, C] of any float dtype (inputs are rounded to it before use), ssm [num_slots, heads, head_dim,
+    state_size] fp32; slots, positions [B] int64, slots not repeated, positions those of the first rows -> y silu(gate)
+    [B * rows, inner] fp32. B may be 0. Raises ValueError for a ring that is too short.
     """
-    window = torch.cat([state.index_select(0, slots), x.to(state.dtype)[..., None]], -1)
-    state.index_copy_(0, slots, window[..., 1:])
-    return silu(_taps(window.float().permute(2, 0, 1).contiguous(), weight, bias))
+    check_ring(conv, weights, rows)
+    gate, xbc, dt = weights.split(projected)
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    for j in range(rows):
+        x, b, c = weights.heads(_conv_update(xbc[j::rows], conv, slots, positions + j, weights))
+        y[j::rows] = _ssm_update(x, dt[j::rows], b, c, ssm, slots, positions + j, weights).flatten(1)
+    return y * silu(gate)
 
 
-def conv_prefill(x: Tensor, state: Tensor, slot: int, fresh: bool, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A chunk of one sequence; advances the slot's state in place. ``fresh``: begin from zeros, not from the slot.
+def mamba_prefill(
+    projected: Tensor, conv: Tensor, ssm: Tensor, slot: int, start: int, weights: MambaWeights, chunk: int
+) -> Tensor:
+    """A run of L prompt tokens of one sequence; advances the slot's states in place.
 
-    x [L, C] fp32 (any strides); state, weight, bias as above -> silu(conv) [L, C] fp32.
+    projected [L, inner + C + heads] fp32; ``start``, the first token's position, is a multiple of ``chunk``; the rest
+    as in ``mamba_update`` -> y silu(gate) [L, inner] fp32. L of 0 changes nothing.
     """
-    length, taps = x.shape[0], weight.shape[1]
-    past = torch.zeros_like(state[slot]) if fresh else state[slot]
-    window = torch.cat([past.t(), x.to(state.dtype)])  # [K - 1 + L, C]
-    state[slot] = window[length:].t()
+    check_ring(conv, weights, 0)
+    gate, xbc, dt = weights.split(projected)
+    if not projected.shape[0]:
+        return torch.empty_like(gate)
+    x, b, c = weights.heads(_conv_prefill(xbc, conv, slot, start, weights))
+    return _ssm_prefill(x, dt, b, c, ssm, slot, start == 0, weights, chunk).flatten(1) * silu(gate)
+
+
+def check_ring(conv: Tensor, weights: MambaWeights, rows: int) -> None:
+    """Raise ValueError unless the ring holds a convolution's past beside ``rows`` new inputs."""
+    needed = weights.conv_weight.shape[1] - 1 + rows
+    if conv.shape[1] < needed:
+        raise ValueError(f"a ring of {conv.shape[1]} inputs is too short: {rows} rows need {needed}")
+
+
+def _conv_update(x: Tensor, conv: Tensor, slots: Tensor, positions: Tensor, weights: MambaWeights) -> Tensor:
+    ring, taps = conv.shape[1], weights.conv_weight.shape[1]
+    conv[slots, positions % ring] = x.to(conv.dtype)
+    at = positions[:, None] + torch.arange(1 - taps, 1, device=x.device)  # [B, taps]
+    window = conv[slots[:, None], at % ring].float().masked_fill(at[..., None] < 0, 0.0)
+    return silu(_taps(list(window.unbind(1)), weights))
+
+
+def _conv_prefill(x: Tensor, conv: Tensor, slot: int, start: int, weights: MambaWeights) -> Tensor:
+    length, ring, taps = x.shape[0], conv.shape[1], weights.conv_weight.shape[1]
+    past = torch.arange(start + 1 - taps, start, device=x.device)
+    before = conv[slot, past % ring].masked_fill(past[:, None] < 0, 0.0)
+    window = torch.cat([before, x.to(conv.dtype)])  # [taps - 1 + L, C]
+    kept = torch.arange(max(start, start + length - ring), start + length, device=x.device)
+    conv[slot, kept % ring] = window[taps - 1 + kept - start]
     window = window.float()
-    return silu(_taps([window[j : j + length] for j in range(taps)], weight, bias))
+    return silu(_taps([window[j : j + length] for j in range(taps)], weights))
 
 
-def _taps(inputs: list[Tensor] | Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _taps(inputs: list[Tensor], weights: MambaWeights) -> Tensor:
     # Separate multiplies and adds in a fixed order: each is correctly rounded, so layout and position cannot matter.
-    taps = weight.t().contiguous()
+    taps = weights.conv_weight.t().contiguous()
     total = inputs[0] * taps[0]
     for j in range(1, taps.shape[0]):
         total = total + inputs[j] * taps[j]
-    return total if bias is None else total + bias
+    return total if weights.conv_bias is None else total + weights.conv_bias
 
 
-def ssm_update(
-    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, slots: Tensor, a: Tensor, d: Tensor, dt_bias: Tensor
+def _ssm_update(
+    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, slots: Tensor, positions: Tensor, weights: MambaWeights
 ) -> Tensor:
-    """One token per slot; advances the slots' states in place.
-
-    x [B, heads, P], dt [B, heads] (raw), b, c [B, groups, N] fp32 (any strides), state [num_slots, heads, P, N]
-    fp32, slots [B] int64, a (negative), d, dt_bias [heads] fp32 -> y [B, heads, P] fp32.
-    """
+    """x [B, heads, P], dt [B, heads] raw, b, c [B, groups, N] -> y [B, heads, P]; advances the slots' states."""
     shared = x.shape[1] // b.shape[1]
-    dt = softplus(dt + dt_bias)
+    dt = softplus(dt + weights.dt_bias)
     b, c = (t.repeat_interleave(shared, 1)[:, :, None, :] for t in (b, c))
-    h = state.index_select(0, slots) * torch.exp(dt * a)[..., None, None] + (x * dt[..., None])[..., None] * b
+    decay = torch.exp(dt * weights.a)[..., None, None]
+    h = state.index_select(0, slots).masked_fill((positions == 0)[:, None, None, None], 0.0)
+    h = h * decay + (x * dt[..., None])[..., None] * b
     state.index_copy_(0, slots, h)
-    return (h * c).sum(-1) + x * d[:, None]
+    return (h * c).sum(-1) + x * weights.d[:, None]
 
 
-def ssm_prefill(
+def _ssm_prefill(
     x: Tensor,
     dt: Tensor,
     b: Tensor,
@@ -76,21 +148,15 @@ def ssm_prefill(
     state: Tensor,
     slot: int,
     fresh: bool,
-    a: Tensor,
-    d: Tensor,
-    dt_bias: Tensor,
+    weights: MambaWeights,
     chunk: int,
 ) -> Tensor:
-    """A run of L tokens of one sequence that starts at a multiple of ``chunk``; advances the slot's state in place.
-
-    x [L, heads, P], dt [L, heads] (raw), b, c [L, groups, N] fp32 (any strides); the rest as in ``ssm_update``;
-    ``fresh``: begin from zeros, not from the slot -> y [L, heads, P] fp32.
-    """
+    """x [L, heads, P], dt [L, heads] raw, b, c [L, groups, N] -> y [L, heads, P]; ``fresh``: begin from zeros."""
     length, heads, _ = x.shape
     shared = heads // b.shape[1]
-    dt = softplus(dt + dt_bias)
+    dt = softplus(dt + weights.dt_bias)
     steps, decay, xs, bs, cs = (
-        _by_chunk(t, chunk) for t in ((x * dt[..., None]), (dt * a)[..., None], x, b, c)
+        _by_chunk(t, chunk) for t in ((x * dt[..., None]), (dt * weights.a)[..., None], x, b, c)
     )  # each [chunks, heads or groups, chunk, width]
     total = decay[..., 0].cumsum(-1)  # [chunks, heads, chunk]: log decay since the chunk's start
 
@@ -108,7 +174,7 @@ def ssm_prefill(
         entering[i] = h
         h = h * whole[i] + added[i]
     state[slot] = h
-    y = y + _heads_bmm(cs, entering.transpose(2, 3)) * torch.exp(total)[..., None] + xs * d[:, None, None]
+    y = y + _heads_bmm(cs, entering.transpose(2, 3)) * torch.exp(total)[..., None] + xs * weights.d[:, None, None]
     return y.transpose(1, 2).flatten(0, 1)[:length]
 
 

@@ -30,8 +30,30 @@ class Routing:
     scale: float
 
 
-def route(logits: Tensor, bias: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """logits [T, E] fp32, bias [E] fp32 -> (experts [T, top_k] int64, weights [T, top_k] fp32), best first."""
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """Where each row goes, best expert first. ``plan`` is a backend's own grouping of the (row, expert) pairs."""
+
+    experts: Tensor  # [T, top_k] int64
+    weights: Tensor  # [T, top_k] fp32
+    plan: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """Experts as the reference wants them."""
+
+    up: Tensor  # [E, I, K] fp32
+    down: Tensor  # [E, K, I] fp32
+
+
+def pack_experts(up: Tensor, down: Tensor) -> PackedExperts:
+    """Prepare experts' weights up [E, I, K], down [E, K, I] (fp32, bf16, fp16) for ``experts``; once, at load."""
+    return PackedExperts(up.float(), down.float())
+
+
+def route(logits: Tensor, bias: Tensor, routing: Routing) -> Routes:
+    """logits [T, E] fp32 (rows strided as they like), bias [E] fp32 -> each row's ``top_k`` experts."""
     scores = sigmoid(logits)
     choice = scores + bias
     if routing.groups > 1:
@@ -40,7 +62,7 @@ def route(logits: Tensor, bias: Tensor, routing: Routing) -> tuple[Tensor, Tenso
     weights = scores.gather(1, experts)
     if routing.normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return experts, weights * routing.scale
+    return Routes(experts, weights * routing.scale)
 
 
 def _keep_best_groups(choice: Tensor, routing: Routing) -> Tensor:
@@ -57,12 +79,12 @@ def _top(values: Tensor, k: int) -> Tensor:
     return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
-def experts(x: Tensor, up: Tensor, down: Tensor, picked: Tensor, weights: Tensor) -> Tensor:
-    """The routed experts' weighted sum.
+def experts(x: Tensor, packed: PackedExperts, routes: Routes) -> Tensor:
+    """The routed experts' weighted sum: x [T, K] fp32 (rows strided as they like) -> [T, K] fp32.
 
-    x [T, K] fp32, up [E, I, K], down [E, K, I] fp32, picked [T, k] int64, weights [T, k] fp32 -> [T, K] fp32.
     Each (row, expert) pair is a row of that expert's 16-row tiles; a row's terms are added in the order picked.
     """
+    picked, up, down = routes.experts, packed.up, packed.down
     rows, top_k = picked.shape
     places, tiles_of = _places(picked.flatten(), up.shape[0])
     tiles = x.new_zeros(sum(tiles_of) * TILE, x.shape[1])
@@ -75,7 +97,7 @@ def experts(x: Tensor, up: Tensor, down: Tensor, picked: Tensor, weights: Tensor
             start, end = end, end + count
             inner = relu2(bmm(tiles[start:end], up[expert].t().expand(count, -1, -1)))
             out[start:end] = bmm(inner, down[expert].t().expand(count, -1, -1))
-    terms = out.flatten(0, 1).index_select(0, places).view(rows, top_k, x.shape[1]) * weights[..., None]
+    terms = out.flatten(0, 1).index_select(0, places).view(rows, top_k, x.shape[1]) * routes.weights[..., None]
     total = terms[:, 0]
     for j in range(1, top_k):
         total = total + terms[:, j]

@@ -1,4 +1,4 @@
-"""RMS normalisation: y = x / sqrt(mean(x^2) + eps) * w, plain and gated by groups.
+"""RMS normalisation: y = x / sqrt(mean(x^2) + eps) * w, over whole rows or over equal groups of channels.
 
 A mean over a contiguous last dimension has one order of summation per row length, whatever the number of rows or
 threads (tests/kernels/test_norm.py); over any other dimension torch chooses by layout, so rows are made contiguous.
@@ -6,26 +6,26 @@ threads (tests/kernels/test_norm.py); over any other dimension torch chooses by 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from headrace.kernels.activation import silu
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMS norm. Each of ``groups`` equal runs of channels is normalised by itself."""
+
+    weight: Tensor  # [K] fp32; multiplies as it is (not 1 + w)
+    eps: float
+    groups: int = 1  # divides K
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [T, H] fp32, weight [H] fp32 -> [T, H] fp32. The weight multiplies as it is (not 1 + w)."""
-    return _normalise(x.contiguous(), eps) * weight
-
-
-def gated_rms_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """y * silu(gate), normalised within each of ``groups`` equal runs of channels, then times the weight.
-
-    y, gate [T, C] fp32 (any strides), weight [C] fp32; groups divides C -> [T, C] fp32. The gate comes before the
-    norm (Mamba-2's ``norm_before_gate=False``).
-    """
-    rows, channels = y.shape
-    gated = (y * silu(gate)).reshape(rows, groups, channels // groups).contiguous()
-    return _normalise(gated, eps).view(rows, channels) * weight
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """x [T, K] fp32 (any strides) -> [T, K] fp32."""
+    rows, channels = x.shape
+    grouped = x.reshape(rows, norm.groups, channels // norm.groups).contiguous()
+    return _normalise(grouped, norm.eps).view(rows, channels) * norm.weight
 
 
 def _normalise(x: Tensor, eps: float) -> Tensor:

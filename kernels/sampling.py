@@ -63,7 +63,11 @@ class SamplerState:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What one step decided, each [rows]. A row whose slot had already finished decides nothing: token -1."""
+    """What one step decided, each [rows].
+
+    A row whose slot had already finished, or whose logits are broken, decides nothing: its token is -1, and its
+    log-probabilities and top ids mean nothing.
+    """
 
     tokens: Tensor  # int64
     phases: Tensor  # int64, the Phase in which the token was decided

@@ -1,4 +1,7 @@
-"""The command line: ``headrace chat | generate | serve | inspect``. Nothing heavy is imported before a command runs."""
+"""The command line: ``headrace chat | generate | serve | inspect | bench``.
+
+Nothing heavy is imported before a command runs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from headrace.engine.cli import chat, generate, inspect, serve
+from headrace.engine.cli import bench, chat, generate, inspect, serve
 from headrace.engine.cli.common import UserError
 
 INTERRUPTED = 130
@@ -24,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (chat.chat, generate.generate, serve.serve, inspect.inspect):
+for _command in (chat.chat, generate.generate, serve.serve, inspect.inspect, bench.bench):
     app.command()(_command)
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from headrace.engine.cli import options
-from headrace.engine.cli.common import Printer, UserError, open_engine
+from headrace.engine.cli.common import Printer, UserError, engine_config, open_engine
 
 if TYPE_CHECKING:
     from headrace.engine import ChatOptions, Engine, SamplingParams
@@ -31,6 +31,7 @@ A setting without a value shows it. Ctrl-C stops an answer."""
 
 def chat(
     model: options.Model = None,
+    device: options.Device = "cpu",
     system: options.System = None,
     effort: options.Effort = "high",
     budget: options.Budget = 16384,
@@ -52,7 +53,7 @@ def chat(
         )
     except RequestError as error:
         raise UserError(str(error)) from error
-    with open_engine(model) as engine:
+    with open_engine(model, engine_config(device=device)) as engine:
         conversation = Conversation(engine, params, ChatOptions(reasoning_effort=effort), system)
         if sys.stdin.isatty():
             _interactive(conversation)

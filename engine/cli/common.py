@@ -17,6 +17,16 @@ class UserError(Exception):
     """Something the user can put right. Printed as one line; the command ends with status 2."""
 
 
+def engine_config(**settings: int | str | None) -> EngineConfig:
+    """A configuration; what is None keeps its default. Raises UserError naming what is out of range."""
+    from headrace.engine import EngineConfig
+
+    try:
+        return EngineConfig(**{name: value for name, value in settings.items() if value is not None})  # type: ignore
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 @contextmanager
 def open_engine(model: str | None, config: EngineConfig | None = None) -> Iterator[Engine]:
     """An engine for a checkpoint folder, or for the embedded model. Raises UserError if it cannot be loaded."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headrace.engine.cli import options
-from headrace.engine.cli.common import Printer, UserError, open_engine
+from headrace.engine.cli.common import Printer, UserError, engine_config, open_engine
 
 if TYPE_CHECKING:
     from headrace.engine import ChatOptions, Delta, Engine, Finished, SamplingParams, Stream, TokenLogprob
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question, or - to read it from stdin.")],
     model: options.Model = None,
+    device: options.Device = "cpu",
     system: options.System = None,
     raw: options.Raw = False,
     effort: options.Effort = "high",
@@ -48,7 +49,10 @@ def generate(
             reasoning_budget=budget,
         )  # fmt: skip
         text = sys.stdin.read() if prompt == "-" else prompt
-        with open_engine(model) as engine, _start(engine, text, system, raw, params, ChatOptions(effort)) as stream:
+        with (
+            open_engine(model, engine_config(device=device)) as engine,
+            _start(engine, text, system, raw, params, ChatOptions(effort)) as stream,
+        ):
             _show(engine, stream, params, as_json=as_json, answer_only=answer_only)
     except (RequestError, QueueFull) as error:
         raise UserError(str(error)) from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from headrace.engine.cli import options
-from headrace.engine.cli.common import UserError, load_engine
+from headrace.engine.cli.common import UserError, engine_config, load_engine
 
 if TYPE_CHECKING:
     from headrace.engine import Engine, EngineConfig
@@ -24,6 +24,7 @@ ENGINE = "Engine"
 
 def serve(
     model: options.Model = None,
+    device: options.Device = "cpu",
     host: Annotated[str, typer.Option(help="Address to listen on; without keys only a loopback one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     profile: Annotated[
@@ -62,7 +63,7 @@ def serve(
     from headrace.engine.serve.profiles import PROFILES
     from headrace.engine.serve.run import DrainingServer, url_of
 
-    config = _config(max_sequences=max_sequences, max_waiting=max_waiting, max_context=max_context)
+    config = engine_config(device=device, max_sequences=max_sequences, max_waiting=max_waiting, max_context=max_context)
     keys = _keys(api_key_file)
     listener = _listener(host, port, keys)
     # The port is open while the model loads: health checks see 503 with Retry-After instead of nothing.
@@ -126,15 +127,6 @@ def _listener(host: str, port: int, keys: list[str]) -> socket.socket:
         return listen(host, port)
     except OSError as error:
         raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def _config(**sizes: int | None) -> EngineConfig:
-    from headrace.engine import EngineConfig
-
-    try:
-        return EngineConfig(**{name: size for name, size in sizes.items() if size is not None})  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(str(error)) from error
 

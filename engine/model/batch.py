@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,13 @@ class Batch:
     def num_decodes(self) -> int:
         return self.decode_slots.shape[0]
 
+    def chunks(self) -> Iterator[tuple[slice, int, int]]:
+        """(rows, slot, position of the first token) of each chunk."""
+        end = self.num_decodes
+        for slot, start, length in zip(self.chunk_slots, self.chunk_starts, self.chunk_lengths, strict=True):
+            yield slice(end, end + length), slot, start
+            end += length
+
 
 @dataclass(frozen=True, slots=True)
 class Caches:
@@ -38,7 +46,7 @@ class Caches:
 
     keys: tuple[Tensor, ...]  # per attention layer [num_pages, page_size, kv_heads, head_dim]
     values: tuple[Tensor, ...]
-    conv: tuple[Tensor, ...]  # per Mamba layer [num_slots, conv_dim, conv_kernel - 1], oldest input first
+    conv: tuple[Tensor, ...]  # per Mamba layer [num_slots, ring, conv_dim]: the newest inputs, by position % ring
     ssm: tuple[Tensor, ...]  # per Mamba layer [num_slots, heads, head_dim, state] fp32
 
     @classmethod
@@ -58,7 +66,7 @@ class Caches:
         conv: tuple[int, ...] = ()
         ssm: tuple[int, ...] = ()
         if mamba := config.mamba:
-            conv = (num_slots, mamba.conv_dim, mamba.conv_kernel - 1)
+            conv = (num_slots, mamba.conv_kernel, mamba.conv_dim)
             ssm = (num_slots, mamba.num_heads, mamba.head_dim, mamba.state_size)
 
         def layers(kind: LayerKind, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:

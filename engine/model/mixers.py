@@ -1,7 +1,8 @@
 """What a layer mixes with: Mamba-2, attention, mixture of experts, dense MLP.
 
-Each is called with the normed rows [T, hidden] of a step and gives [T, hidden]. Decode rows take the decode path,
-prompt rows the prompt path, however they are batched; what is done row by row is done for all rows at once.
+Each is a whole layer, x + mix(norm(x)) over the rows [T, hidden] of a step: its first projection takes the norm in, its
+last one adds the residual. Decode rows take the decode path, prompt rows the prompt path, however they are batched;
+what is done row by row is done for all rows at once.
 """
 
 from __future__ import annotations
@@ -13,143 +14,144 @@ from torch import Tensor
 
 from headrace.engine.config import AttentionConfig, LayerKind, MambaConfig, ModelConfig, MoEConfig
 from headrace.engine.model.batch import Batch, Caches
-from headrace.engine.model.layers import Linear, Weights
+from headrace.engine.model.layers import Linear, Weights, load_norm
 from headrace.kernels import Kernels
+from headrace.kernels.attention import Pages
+from headrace.kernels.mamba import MambaWeights
 from headrace.kernels.moe import Routing
+from headrace.kernels.norm import Norm
 
-Mixer = Callable[[Tensor, Batch, Caches], Tensor]
+Layer = Callable[[Tensor, Batch, Caches], Tensor]
 
 
-def make_mixer(
+def make_layer(
     config: ModelConfig, kernels: Kernels, weights: Weights, name: str, kind: LayerKind, index: int
-) -> Mixer:
-    """The mixer of one layer; ``index`` counts layers of the same kind and picks the layer's caches."""
+) -> Layer:
+    """One layer; ``index`` counts layers of the same kind and picks the layer's caches."""
+    norm = load_norm(weights, f"{name}.norm", config.norm_eps)
+    name = f"{name}.mixer"
     if kind is LayerKind.MAMBA and config.mamba:
-        return MambaMixer(config.mamba, config.norm_eps, kernels, weights, name, index)
+        return MambaLayer(config.mamba, norm, kernels, weights, name, index)
     if kind is LayerKind.ATTENTION and config.attention:
-        return AttentionMixer(config.attention, kernels, weights, name, index)
+        return AttentionLayer(config.attention, norm, kernels, weights, name, index)
     if kind is LayerKind.MOE and config.moe:
-        return MoEMixer(config.moe, kernels, weights, name)
+        return MoELayer(config.moe, norm, kernels, weights, name)
     assert kind is LayerKind.MLP, kind
-    return MlpMixer(kernels, weights, name)
+    return MlpLayer(norm, kernels, weights, name)
 
 
-class MambaMixer:
+class MambaLayer:
     """Mamba-2: project, convolve, scan, gate, norm, project. Heads / groups consecutive heads share B and C."""
 
     def __init__(
-        self, config: MambaConfig, eps: float, kernels: Kernels, weights: Weights, name: str, index: int
+        self, config: MambaConfig, norm: Norm, kernels: Kernels, weights: Weights, name: str, index: int
     ) -> None:
-        self.config, self.eps, self.kernels, self.index = config, eps, kernels, index
+        self.norm, self.kernels, self.index, self.chunk = norm, kernels, index, config.chunk_size
         self.in_proj = Linear(kernels, weights, f"{name}.in_proj")
         self.out_proj = Linear(kernels, weights, f"{name}.out_proj")
-        self.conv_weight = weights[f"{name}.conv1d.weight"].float().squeeze(1)
-        self.conv_bias = weights[f"{name}.conv1d.bias"].float() if config.conv_bias else None
-        self.norm_weight = weights[f"{name}.norm.weight"].float()
-        self.a = -torch.exp(weights[f"{name}.A_log"].float())
-        self.d = weights[f"{name}.D"].float()
-        self.dt_bias = weights[f"{name}.dt_bias"].float()
+        self.out_norm = load_norm(weights, f"{name}.norm", norm.eps, config.num_groups)
+        self.weights = MambaWeights(
+            conv_weight=weights[f"{name}.conv1d.weight"].float().squeeze(1),
+            conv_bias=weights[f"{name}.conv1d.bias"].float() if config.conv_bias else None,
+            a=-torch.exp(weights[f"{name}.A_log"].float()),
+            d=weights[f"{name}.D"].float(),
+            dt_bias=weights[f"{name}.dt_bias"].float(),
+            head_dim=config.head_dim,
+            groups=config.num_groups,
+            state_size=config.state_size,
+        )
 
     def __call__(self, x: Tensor, batch: Batch, caches: Caches) -> Tensor:
-        config = self.config
-        gate, xbc, dt = torch.split(self.in_proj(x), [config.inner_size, config.conv_dim, config.num_heads], -1)
-        y = x.new_empty(x.shape[0], config.inner_size)
-        end = batch.num_decodes
-        if end:
-            y[:end] = self._decode(xbc[:end], dt[:end], batch.decode_slots, caches)
-        for slot, start, length in zip(batch.chunk_slots, batch.chunk_starts, batch.chunk_lengths, strict=True):
-            rows = slice(end, end := end + length)
-            y[rows] = self._prefill(xbc[rows], dt[rows], slot, start == 0, caches)
-        y = self.kernels.gated_rms_norm(y, gate, self.norm_weight, config.num_groups, self.eps)
-        return self.out_proj(y)
-
-    def _decode(self, xbc: Tensor, dt: Tensor, slots: Tensor, caches: Caches) -> Tensor:
-        xbc = self.kernels.conv_update(xbc, caches.conv[self.index], slots, self.conv_weight, self.conv_bias)
-        x, b, c = self._heads(xbc)
-        y: Tensor = self.kernels.ssm_update(x, dt, b, c, caches.ssm[self.index], slots, self.a, self.d, self.dt_bias)
-        return y.flatten(1)
-
-    def _prefill(self, xbc: Tensor, dt: Tensor, slot: int, fresh: bool, caches: Caches) -> Tensor:
-        xbc = self.kernels.conv_prefill(xbc, caches.conv[self.index], slot, fresh, self.conv_weight, self.conv_bias)
-        x, b, c = self._heads(xbc)
-        y: Tensor = self.kernels.ssm_prefill(
-            x, dt, b, c, caches.ssm[self.index], slot, fresh, self.a, self.d, self.dt_bias, self.config.chunk_size
-        )
-        return y.flatten(1)
-
-    def _heads(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, conv_dim] -> x [T, heads, head_dim], B and C [T, groups, state]."""
-        config = self.config
-        shared = config.num_groups * config.state_size
-        x, b, c = torch.split(xbc, [config.inner_size, shared, shared], -1)
-        return (
-            x.view(-1, config.num_heads, config.head_dim),
-            b.view(-1, config.num_groups, config.state_size),
-            c.view(-1, config.num_groups, config.state_size),
-        )
+        conv, ssm = caches.conv[self.index], caches.ssm[self.index]
+        projected = self.in_proj(x, norm=self.norm)
+        parts = []
+        if end := batch.num_decodes:
+            slots, positions = batch.decode_slots, batch.decode_positions
+            parts.append(self.kernels.mamba_update(projected[:end], conv, ssm, slots, positions, self.weights))
+        for rows, slot, start in batch.chunks():
+            parts.append(self.kernels.mamba_prefill(projected[rows], conv, ssm, slot, start, self.weights, self.chunk))
+        return self.out_proj(joined(parts), norm=self.out_norm, residual=x)
 
 
-class AttentionMixer:
+class AttentionLayer:
     """Grouped-query attention over the paged context, no positional encoding."""
 
-    def __init__(self, config: AttentionConfig, kernels: Kernels, weights: Weights, name: str, index: int) -> None:
-        self.config, self.kernels, self.index = config, kernels, index
+    def __init__(
+        self, config: AttentionConfig, norm: Norm, kernels: Kernels, weights: Weights, name: str, index: int
+    ) -> None:
+        self.norm, self.config, self.kernels, self.index = norm, config, kernels, index
         self.scale = config.head_dim**-0.5
-        self.q_proj = Linear(kernels, weights, f"{name}.q_proj")
-        self.k_proj = Linear(kernels, weights, f"{name}.k_proj")
-        self.v_proj = Linear(kernels, weights, f"{name}.v_proj")
+        self.qkv_proj = Linear(kernels, weights, f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
         self.o_proj = Linear(kernels, weights, f"{name}.o_proj")
 
     def __call__(self, x: Tensor, batch: Batch, caches: Caches) -> Tensor:
-        keys, values, table = caches.keys[self.index], caches.values[self.index], batch.page_table
-        heads, kv_heads, width = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        q = self.q_proj(x).view(-1, heads, width)
-        k = self.k_proj(x).view(-1, kv_heads, width)
-        v = self.v_proj(x).view(-1, kv_heads, width)
-        out = torch.empty_like(q)
-        end = batch.num_decodes
-        if end:
+        pages, table, scale = Pages(caches.keys[self.index], caches.values[self.index]), batch.page_table, self.scale
+        width = self.config.head_dim
+        q, k, v = (
+            part.view(part.shape[0], -1, width)
+            for part in torch.split(self.qkv_proj(x, norm=self.norm), self.qkv_proj.sizes, 1)
+        )
+        parts = []
+        if end := batch.num_decodes:
             slots, positions = batch.decode_slots, batch.decode_positions
-            self.kernels.append(keys, values, k[:end], v[:end], table, slots, positions)
-            out[:end] = self.kernels.decode_attention(q[:end], keys, values, table, slots, positions, self.scale)
-        for slot, start, length in zip(batch.chunk_slots, batch.chunk_starts, batch.chunk_lengths, strict=True):
-            rows = slice(end, end := end + length)
-            positions = torch.arange(start, start + length, device=x.device)
-            self.kernels.append(keys, values, k[rows], v[rows], table, torch.full_like(positions, slot), positions)
-            out[rows] = self.kernels.prefill_attention(q[rows], keys, values, table, slot, start, self.scale)
-        return self.o_proj(out.flatten(1))
+            parts.append(
+                self.kernels.decode_attention(q[:end], k[:end], v[:end], pages, table, slots, positions, scale)
+            )
+        for rows, slot, start in batch.chunks():
+            parts.append(self.kernels.prefill_attention(q[rows], k[rows], v[rows], pages, table, slot, start, scale))
+        return self.o_proj(joined(parts).flatten(1), residual=x)
 
 
-class MoEMixer:
-    """Routed experts, in a latent space if the model has one, plus the shared expert on the full hidden state."""
+class MoELayer:
+    """Routed experts, in a latent space if the model has one, plus the shared expert on the full hidden state.
 
-    def __init__(self, config: MoEConfig, kernels: Kernels, weights: Weights, name: str) -> None:
-        self.kernels = kernels
+    Router, way into the latent space and shared expert read the same rows, so they are one projection where their
+    weights have one dtype; the way back and the shared expert's second half are one sum.
+    """
+
+    def __init__(self, config: MoEConfig, norm: Norm, kernels: Kernels, weights: Weights, name: str) -> None:
+        self.norm, self.kernels, self.latent = norm, kernels, config.latent_size is not None
         self.routing = Routing(config.top_k, config.num_groups, config.topk_groups, config.normalise, config.scale)
-        self.gate = Linear(kernels, weights, f"{name}.gate")
         self.selection_bias = weights[f"{name}.gate.e_score_correction_bias"].float()
-        latent = config.latent_size is not None
-        self.to_latent = Linear(kernels, weights, f"{name}.fc1_latent_proj") if latent else None
-        self.from_latent = Linear(kernels, weights, f"{name}.fc2_latent_proj") if latent else None
-        self.up = weights[f"{name}.experts.up_proj"].float()
-        self.down = weights[f"{name}.experts.down_proj"].float()
-        self.shared = MlpMixer(kernels, weights, f"{name}.shared_experts")
+        self.experts = kernels.pack_experts(weights[f"{name}.experts.up_proj"], weights[f"{name}.experts.down_proj"])
+        first = [f"{name}.gate", f"{name}.shared_experts.up_proj"]
+        last = [f"{name}.shared_experts.down_proj"]
+        if self.latent:
+            first.append(f"{name}.fc1_latent_proj")
+            last.insert(0, f"{name}.fc2_latent_proj")
+        if len({weights[f"{part}.weight"].dtype for part in first}) == 1:
+            self.first = [Linear(kernels, weights, *first)]
+        else:
+            self.first = [Linear(kernels, weights, part) for part in first]
+        self.last = Linear(kernels, weights, *last, dim=1)
 
     def __call__(self, x: Tensor, batch: Batch, caches: Caches) -> Tensor:
-        picked, shares = self.kernels.route(self.gate(x), self.selection_bias, self.routing)
-        inner = self.to_latent(x) if self.to_latent else x
-        y = self.kernels.experts(inner, self.up, self.down, picked, shares)
-        y = self.from_latent(y) if self.from_latent else y
-        return y + self.shared(x, batch, caches)
+        # Without a latent space the experts read the normed rows themselves.
+        normed, norm = (x, self.norm) if self.latent else (self.kernels.rms_norm(x, self.norm), None)
+        logits, shared, *inner = (
+            part
+            for projection in self.first
+            for part in torch.split(projection(normed, norm=norm), projection.sizes, 1)
+        )
+        routes = self.kernels.route(logits, self.selection_bias, self.routing)
+        y = self.kernels.experts(inner[0] if self.latent else normed, self.experts, routes)
+        if self.latent:
+            return self.last((y, shared), relu2=True, residual=x)
+        return self.last(shared, relu2=True, residual=x + y)
 
 
-class MlpMixer:
+class MlpLayer:
     """down(relu(up x)^2)."""
 
-    def __init__(self, kernels: Kernels, weights: Weights, name: str) -> None:
-        self.relu2 = kernels.relu2
+    def __init__(self, norm: Norm, kernels: Kernels, weights: Weights, name: str) -> None:
+        self.norm = norm
         self.up_proj = Linear(kernels, weights, f"{name}.up_proj")
         self.down_proj = Linear(kernels, weights, f"{name}.down_proj")
 
     def __call__(self, x: Tensor, batch: Batch, caches: Caches) -> Tensor:
-        return self.down_proj(self.relu2(self.up_proj(x)))
+        return self.down_proj(self.up_proj(x, norm=self.norm), relu2=True, residual=x)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """One step's rows from those of its decodes and chunks; a step of one kind is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

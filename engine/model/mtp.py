@@ -15,9 +15,10 @@ from torch import Tensor
 
 from headrace.engine.config import LayerKind, ModelConfig
 from headrace.engine.model.batch import Batch, Caches
-from headrace.engine.model.layers import Embedding, Linear, RMSNorm, Weights
-from headrace.engine.model.mixers import make_mixer
+from headrace.engine.model.layers import Embedding, Linear, Weights, load_norm
+from headrace.engine.model.mixers import Layer, make_layer
 from headrace.kernels import Kernels
+from headrace.kernels.norm import Norm
 
 
 class MtpModule:
@@ -27,15 +28,16 @@ class MtpModule:
         eps = config.norm_eps
         self.config = config
         self.embeddings = embeddings
-        self.enorm = RMSNorm(kernels, weights, "mtp.layers.0.enorm", eps)
-        self.hnorm = RMSNorm(kernels, weights, "mtp.layers.0.hnorm", eps)
+        self.kernels = kernels
+        halves = [load_norm(weights, f"mtp.layers.0.{half}", eps).weight for half in ("enorm", "hnorm")]
+        self.eh_norm = Norm(torch.cat(halves), eps, groups=2)
         self.eh_proj = Linear(kernels, weights, "mtp.layers.0.eh_proj")
-        self.norms, self.mixers, attentions = [], [], 0
+        self.layers: list[Layer] = []
+        attentions = 0
         for index, kind in enumerate(config.mtp_layers):
-            self.norms.append(RMSNorm(kernels, weights, f"mtp.layers.{index}.norm", eps))
-            self.mixers.append(make_mixer(config, kernels, weights, f"mtp.layers.{index}.mixer", kind, attentions))
+            self.layers.append(make_layer(config, kernels, weights, f"mtp.layers.{index}", kind, attentions))
             attentions += kind is LayerKind.ATTENTION
-        self.final_norm = RMSNorm(kernels, weights, f"mtp.layers.{len(config.mtp_layers) - 1}.final_layernorm", eps)
+        self.final_norm = load_norm(weights, f"mtp.layers.{len(config.mtp_layers) - 1}.final_layernorm", eps)
 
     @torch.inference_mode()
     def forward(self, hidden: Tensor, next_ids: Tensor) -> Tensor:
@@ -44,11 +46,12 @@ class MtpModule:
         hidden [T, hidden] fp32: h_t (or g_t of the draft before); next_ids [T] int64: the token after t -> g
         [T, hidden]. ``NemotronH.logits(g)[t]`` then decides token t + 2.
         """
-        x = self.eh_proj(torch.cat([self.enorm(self.embeddings(next_ids)), self.hnorm(hidden)], -1))
+        x = self.eh_proj((self.embeddings(next_ids), hidden), norm=self.eh_norm)
         batch, caches = self._one_sequence(next_ids)
-        for norm, mixer in zip(self.norms, self.mixers, strict=True):
-            x = x + mixer(norm(x), batch, caches)
-        return self.final_norm(x)
+        for layer in self.layers:
+            x = layer(x, batch, caches)
+        drafts: Tensor = self.kernels.rms_norm(x, self.final_norm)
+        return drafts
 
     def _one_sequence(self, token_ids: Tensor) -> tuple[Batch, Caches]:
         """The sequence as a single chunk whose context is a single page."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-import psutil
-import torch
+import numpy as np
 from torch import Tensor
 
 from headrace.engine.model.batch import Caches
+from headrace.engine.run.device import Device
 from headrace.kernels.sampling import SamplerState
 
 
@@ -33,8 +33,13 @@ def unit_bytes(one: Caches) -> tuple[int, int]:
     return size(one.keys) + size(one.values), size(one.conv) + size(one.ssm)
 
 
+CACHE_SHARE = {"cpu": 0.25, "cuda": 0.85}
+"""Of the available memory, what the pages may take unless told: a CPU's is shared with all else, a GPU's is ours."""
+
+
 def plan_caches(
     one: Caches,
+    device: Device,
     *,
     num_slots: int,
     page_size: int,
@@ -45,11 +50,11 @@ def plan_caches(
 ) -> CacheSizes:
     """Sizes for caches like ``one`` (one page, one slot). Raises ValueError naming the option that cannot be met.
 
-    Without ``num_pages`` the pages take at most ``cache_bytes`` (default: a quarter of the available memory) and
+    Without ``num_pages`` the pages take at most ``cache_bytes`` (default: CACHE_SHARE of the available memory) and
     never more than all slots could fill.
     """
     page_bytes, slot_bytes = unit_bytes(one)
-    available = psutil.virtual_memory().available
+    available = device.available_bytes()
     if num_slots * slot_bytes > available // 2:
         raise ValueError(
             f"max_sequences {num_slots} needs {num_slots * slot_bytes:,} bytes of state; half of the available memory "
@@ -60,7 +65,8 @@ def plan_caches(
     context = max_context or model_context
     if num_pages is None:
         useful = num_slots * -(-context // page_size)
-        budget = available // 4 if cache_bytes is None else cache_bytes
+        rest = available - num_slots * slot_bytes if device.cuda else available
+        budget = int(rest * CACHE_SHARE[device.torch.type]) if cache_bytes is None else cache_bytes
         num_pages = min(useful, budget // page_bytes) if page_bytes else useful
         if num_pages * page_size < 2:
             raise ValueError(f"cache_bytes {budget:,} holds no page: one of {page_size} tokens takes {page_bytes:,}")
@@ -81,25 +87,29 @@ class SavedSequence:
     sampler: dict[str, Tensor]
 
 
-def save_sequence(caches: Caches, sampler: SamplerState, slot: int, pages: tuple[int, ...]) -> SavedSequence:
+def save_sequence(
+    device: Device, caches: Caches, sampler: SamplerState, slot: int, pages: tuple[int, ...]
+) -> SavedSequence:
     """Copy a sequence out. ``pages`` are those that hold its cached tokens, in order."""
-    index = torch.tensor(pages, dtype=torch.int64, device=sampler.length.device)
+    [index] = device.upload([np.array(pages, np.int64)])
     return SavedSequence(
-        [layer[index].cpu() for layer in (*caches.keys, *caches.values)],
-        [layer[slot].to("cpu", copy=True) for layer in (*caches.conv, *caches.ssm)],
-        {f.name: getattr(sampler, f.name)[slot].to("cpu", copy=True) for f in fields(sampler)},
+        [device.download(layer[index]) for layer in (*caches.keys, *caches.values)],
+        [device.download(layer[slot]) for layer in (*caches.conv, *caches.ssm)],
+        {f.name: device.download(getattr(sampler, f.name)[slot]) for f in fields(sampler)},
     )
 
 
 def restore_sequence(
-    saved: SavedSequence, caches: Caches, sampler: SamplerState, slot: int, pages: tuple[int, ...]
+    device: Device, saved: SavedSequence, caches: Caches, sampler: SamplerState, slot: int, pages: tuple[int, ...]
 ) -> None:
-    """Copy a sequence back, bit for bit, into another slot and other pages."""
-    device = sampler.length.device
-    index = torch.tensor(pages, dtype=torch.int64, device=device)
+    """Copy a sequence back, bit for bit, into another slot and other pages.
+
+    What the copy out left in host memory is read in the stream that wrote it, so nobody has to wait for it.
+    """
+    [index] = device.upload([np.array(pages, np.int64)])
     for layer, content in zip((*caches.keys, *caches.values), saved.pages, strict=True):
-        layer[index] = content.to(device)
+        layer[index] = content.to(device.torch, non_blocking=True)
     for layer, content in zip((*caches.conv, *caches.ssm), saved.states, strict=True):
-        layer[slot] = content.to(device)
+        layer[slot] = content.to(device.torch, non_blocking=True)
     for name, value in saved.sampler.items():
-        getattr(sampler, name)[slot] = value.to(device)
+        getattr(sampler, name)[slot] = value.to(device.torch, non_blocking=True)

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from headrace.engine.model.batch import Batch, Caches
+from headrace.engine.run.device import Device
 from headrace.engine.run.memory import CacheSizes, SavedSequence, restore_sequence, save_sequence
 from headrace.engine.schedule.plan import Start, StepPlan, StepResult
+from headrace.kernels import Kernels
 from headrace.kernels.control import ControlIds, Finish, Phase
-from headrace.kernels.sampling import SamplerState, sample
+from headrace.kernels.inputs import NO_WRITE
+from headrace.kernels.sampling import Sampled, SamplerState
 
 NO_TOKENS = np.empty(0, np.int64)
 
@@ -33,71 +36,97 @@ class Runner:
     A step whose rows are all inert (their slots had finished) still runs: inert rows rewrite what they wrote.
     """
 
-    def __init__(self, model: Model, caches: Caches, sizes: CacheSizes, control: ControlIds, device: str) -> None:
+    def __init__(
+        self, model: Model, kernels: Kernels, caches: Caches, sizes: CacheSizes, control: ControlIds, device: Device
+    ) -> None:
         self.model = model
+        self.kernels = kernels
         self.caches = caches
         self.control = control
         self.device = device
-        self.state = SamplerState.allocate(sizes.num_slots, device)
+        self.state = SamplerState.allocate(sizes.num_slots, device.torch)
         # One page more than a context needs: a plan made ahead of a result may point one token past the end.
         width = -(-sizes.max_context // sizes.page_size) + 1
-        self.page_table = torch.zeros(sizes.num_slots, width, dtype=torch.int32, device=device)
+        self.page_table = torch.zeros(sizes.num_slots, width, dtype=torch.int32, device=device.torch)
+        # Decode steps of one size find their integers at the same addresses: slots, rows and a page write for each.
+        self._integers = torch.empty(5 * sizes.num_slots, dtype=torch.int64, device=device.torch)
         self._prompts: dict[int, Tensor] = {}  # slot -> [tokens] int64
         self._saved: dict[int, tuple[SavedSequence, Tensor]] = {}  # key -> state, prompt
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Carry out one plan. Raises whatever the model raises; the caller then treats the running batch as lost."""
+        """Carry out one plan and wait for its tokens.
+
+        Raises whatever the model raises; the caller then treats the running batch as lost.
+        """
+        with torch.inference_mode(), self.device.work():
+            decided = self._launch(plan)
+            if decided is None:
+                return StepResult(NO_TOKENS, NO_TOKENS, NO_TOKENS)
+            copies = [None if t is None else self.device.download(t) for t in decided]
+        self.device.wait()
+        return StepResult(*(None if copy is None else copy.numpy() for copy in copies))  # type: ignore[arg-type]
+
+    def _launch(self, plan: StepPlan) -> tuple[Tensor | None, ...] | None:
+        """Queue the whole step; what its rows decide, or None if none of them yields a token."""
         self._move_sequences(plan)
-        batch = self.inputs(plan)
+        batch, slots = self.inputs(plan)
         if batch.token_ids.numel():
             hidden = self.model.forward(batch, self.caches)
-        if not batch.sample_rows.numel():
-            return StepResult(NO_TOKENS, NO_TOKENS, NO_TOKENS)
-        slots = [plan.decode_slots, *([c.slot] for c in plan.chunks if c.last)]
-        return self._sample(plan, self.model.logits(hidden[batch.sample_rows]), torch.cat([_ids(s) for s in slots]))
+        if not slots.numel():
+            return None
+        if plan.chunks:
+            hidden = hidden[batch.sample_rows]
+        out = self._sample(plan, self.model.logits(hidden), slots)
+        return out.tokens, out.phases, out.finish, out.logprobs, out.top_ids, out.top_logprobs
 
-    def inputs(self, plan: StepPlan) -> Batch:
-        """The plan's rows as tensors."""
-        slots = _ids(plan.decode_slots).to(self.device)
-        tokens = [self.state.last_token[slots]]
-        rows = [torch.arange(len(slots), device=self.device)]
-        count = len(slots)
-        for chunk in plan.chunks:
-            tokens.append(self._prompts[chunk.slot][chunk.start : chunk.start + chunk.length])
-            count += chunk.length
-            if chunk.last:
-                rows.append(torch.tensor([count - 1], device=self.device))
-        return Batch(
-            token_ids=torch.cat(tokens),
-            decode_slots=slots,
-            decode_positions=self.state.length[slots] - 1,
+    def inputs(self, plan: StepPlan) -> tuple[Batch, Tensor]:
+        """The plan's rows as tensors, and the slots [R] of the rows that yield a token. Brings the page table up."""
+        decodes, last = len(plan.decode_slots), [c.slot for c in plan.chunks if c.last]
+        ends = decodes + np.cumsum([c.length for c in plan.chunks], dtype=np.int64)
+        rows = np.concatenate([np.arange(decodes), ends[[c.last for c in plan.chunks]] - 1])
+        # A row crosses into at most one page a step; the writes are filled up, so that shapes follow the rows alone.
+        filled = np.full((max(len(plan.page_writes), decodes), 3), NO_WRITE, np.int64)
+        filled[: len(plan.page_writes)] = plan.page_writes
+        slots, sample_rows, page_writes = self.device.upload(
+            [np.concatenate([plan.decode_slots, np.array(last, np.int64)]), rows, filled], self._integers
+        )
+        prompts = [self._prompts[c.slot][c.start : c.start + c.length] for c in plan.chunks]
+        token_ids, positions = self.kernels.step_inputs(
+            self.state.last_token,
+            self.state.length,
+            slots[:decodes],
+            torch.cat(prompts) if prompts else slots[:0],
+            self.page_table,
+            page_writes,
+        )
+        batch = Batch(
+            token_ids=token_ids,
+            decode_slots=slots[:decodes],
+            decode_positions=positions,
             chunk_slots=tuple(c.slot for c in plan.chunks),
             chunk_starts=tuple(c.start for c in plan.chunks),
             chunk_lengths=tuple(c.length for c in plan.chunks),
             page_table=self.page_table,
-            sample_rows=torch.cat(rows),
+            sample_rows=sample_rows,
         )
+        return batch, slots
 
     def _move_sequences(self, plan: StepPlan) -> None:
-        """Saves, drops, restores, starts and page writes, in this order: a page may be saved and given away at once."""
+        """Saves, drops, restores and starts, in this order: a page may be saved and given away at once."""
         for save in plan.saves:
-            saved = save_sequence(self.caches, self.state, save.slot, save.pages)
+            saved = save_sequence(self.device, self.caches, self.state, save.slot, save.pages)
             self._saved[save.key] = saved, self._prompts[save.slot]
         for key in plan.drops:
             self._saved.pop(key, None)  # after a failed step it may never have been saved
         for restore in plan.restores:
             saved, self._prompts[restore.slot] = self._saved.pop(restore.key)
-            restore_sequence(saved, self.caches, self.state, restore.slot, restore.pages)
+            restore_sequence(self.device, saved, self.caches, self.state, restore.slot, restore.pages)
         for start in plan.starts:
             self._start(start)
-        if len(plan.page_writes):
-            writes = torch.from_numpy(plan.page_writes).to(self.device)
-            self.page_table[writes[:, 0], writes[:, 1]] = writes[:, 2].int()
 
     def _start(self, start: Start) -> None:
         slot, params, state = start.slot, start.params, self.state
-        self._prompts[slot] = torch.from_numpy(start.prompt).to(self.device)
+        [self._prompts[slot]] = self.device.upload([start.prompt])
         state.last_token[slot] = int(start.prompt[-1])
         state.length[slot] = len(start.prompt)
         state.tokens_left[slot] = params.max_tokens
@@ -111,35 +140,20 @@ class Runner:
         state.choice[slot] = params.choice
         state.ignore_eos[slot] = params.ignore_eos
 
-    def _sample(self, plan: StepPlan, logits: Tensor, slots: Tensor) -> StepResult:
+    def _sample(self, plan: StepPlan, logits: Tensor, slots: Tensor) -> Sampled:
         mask = None
         if plan.masks:
-            mask = torch.ones(logits.shape, dtype=torch.bool)
-            for row, allowed in plan.masks:
-                mask[row] = torch.from_numpy(allowed)
-            mask = mask.to(self.device)
-        out = sample(
+            allowed = torch.ones(logits.shape, dtype=torch.bool)
+            for row, tokens in plan.masks:
+                allowed[row] = torch.from_numpy(tokens)
+            mask = self.device.upload_tensor(allowed)
+        sampled: Sampled = self.kernels.sample(
             logits,
-            slots.to(self.device),
+            slots,
             self.state,
             self.control,
             mask=mask,
             logprobs=plan.logprobs,
             top_logprobs=plan.top_logprobs,
         )
-
-        def host(tensor: Tensor | None):  # type: ignore[no-untyped-def]
-            return None if tensor is None else tensor.cpu().numpy()
-
-        return StepResult(
-            host(out.tokens),
-            host(out.phases),
-            host(out.finish),
-            host(out.logprobs),
-            host(out.top_ids),
-            host(out.top_logprobs),
-        )
-
-
-def _ids(values: object) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.int64)
+        return sampled

@@ -10,6 +10,7 @@ from headrace.engine import Engine, EngineConfig
 from headrace.engine.config import ModelConfig
 from headrace.engine.engine import EMBEDDED_MODEL
 from headrace.engine.model.nemotron_h import NemotronH
+from headrace.kernels import select
 from headrace.tokenizer import ChatTemplate
 from headrace.tokenizer import load as load_tokenizer
 
@@ -93,7 +94,7 @@ def checked(engine: Engine) -> Engine:
     return engine
 
 
-def random_network(seed: int = 0, **changes) -> NemotronH:
+def random_network(seed: int = 0, backend: str = "reference", **changes) -> NemotronH:
     """A real NemotronH with seeded weights, large enough in spread that its argmax is not a tie."""
     from headrace.engine.model.weights.names import memory_shapes
 
@@ -106,12 +107,12 @@ def random_network(seed: int = 0, **changes) -> NemotronH:
         weights[name] = 1 + 0.1 * noise if "norm" in name else noise * scale
         if name.endswith("A_log"):
             weights[name] = noise.abs()
-    return NemotronH(config, weights)
+    return NemotronH(config, weights, select(backend))
 
 
-def random_engine(folder: Path, seed: int = 0, **options) -> Engine:
+def random_engine(folder: Path, seed: int = 0, backend: str = "reference", **options) -> Engine:
     tokenizer = load_tokenizer(folder)
-    network = random_network(seed)
+    network = random_network(seed, backend)
     return checked(
         Engine.from_parts(
             network,
@@ -119,7 +120,8 @@ def random_engine(folder: Path, seed: int = 0, **options) -> Engine:
             tokenizer,
             template=ChatTemplate.load(folder, tokenizer),
             config=EngineConfig(
-                **{"max_sequences": 8, "prefill_chunk": 16, "num_pages": 256, "page_size": 4, **options}
+                backend=backend,
+                **{"max_sequences": 8, "prefill_chunk": 16, "num_pages": 256, "page_size": 4, **options},
             ),
         )
     )

@@ -131,6 +131,10 @@ def test_errors_cross_processes():
         {"max_context": 1},
         {"preempt_bytes": -1},
         {"device": "tpu"},
+        {"device": "cuda:x"},
+        {"backend": "native"},
+        {"backend": "triton"},
+        {"cache_dtype": "float64"},
         {"closing_text": 3},
     ],
 )

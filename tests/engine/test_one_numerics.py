@@ -33,7 +33,8 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 
 def states(caches: Caches, slot: int) -> list[Tensor]:
-    return [layer[slot].clone() for layer in (*caches.conv, *caches.ssm)]
+    # A short sequence leaves entries of the convolution's ring unwritten: the driver's NaN.
+    return [*(layer[slot].nan_to_num(nan=0.0) for layer in caches.conv), *(layer[slot].clone() for layer in caches.ssm)]
 
 
 def continued(driver: Driver, slot: int, tokens: list[int]) -> Tensor:

@@ -10,7 +10,8 @@ THREADS = (1, 2, 3)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    """A generator on the device that the test runs on."""
+    return torch.Generator(device=torch.get_default_device()).manual_seed(seed)
 
 
 def assert_close(actual: Tensor, expected: Tensor, terms: int = 1) -> None:

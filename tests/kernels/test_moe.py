@@ -1,13 +1,13 @@
 """Routing and experts against plain loops in float64."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from kernel_checks import assert_close, assert_same_bits, same_for_all_threads, scattered, seeded
 from torch import Tensor
 
-from headrace.kernels.moe import Routing
+from headrace.kernels.moe import Routes, Routing
 
 
 def exact_route(logits: Tensor, bias: Tensor, routing: Routing) -> tuple[list[list[int]], list[list[float]]]:
@@ -47,40 +47,86 @@ def test_route(kernels, experts, routing, rows):
     generator = seeded()
     logits = torch.randn(rows, experts, generator=generator)
     bias = torch.randn(experts, generator=generator) * 0.1
-    picked, weights = kernels.route(logits, bias, routing)
+    routes = kernels.route(logits, bias, routing)
+    picked, weights = routes.experts, routes.weights
     expected_picks, expected_weights = exact_route(logits, bias, routing)
     assert picked.shape == weights.shape == (rows, routing.top_k)
+    assert picked.dtype == torch.int64
     assert picked.tolist() == expected_picks
     assert_close(weights, torch.tensor(expected_weights, dtype=torch.float64).view(weights.shape), routing.top_k)
 
 
 def test_ties_go_to_the_lowest_index(kernels):
-    picked, weights = kernels.route(torch.zeros(3, 16), torch.zeros(16), Routing(4, 1, 1, True, 1.0))
-    assert picked.tolist() == [[0, 1, 2, 3]] * 3
-    assert weights.tolist() == [[0.25] * 4] * 3
-    picked, _ = kernels.route(torch.zeros(1, 16), torch.zeros(16), Routing(4, 4, 2, True, 1.0))
-    assert picked.tolist() == [[0, 1, 2, 3]]
-    picked, _ = kernels.route(torch.zeros(1, 16), torch.eye(16)[9], Routing(4, 4, 2, True, 1.0))
-    assert picked.tolist() == [[9, 0, 1, 2]], "group 2 for its expert 9, group 0 for its index"
+    routes = kernels.route(torch.zeros(3, 16), torch.zeros(16), Routing(4, 1, 1, True, 1.0))
+    assert routes.experts.tolist() == [[0, 1, 2, 3]] * 3
+    assert routes.weights.tolist() == [[0.25] * 4] * 3
+    routes = kernels.route(torch.zeros(1, 16), torch.zeros(16), Routing(4, 4, 2, True, 1.0))
+    assert routes.experts.tolist() == [[0, 1, 2, 3]]
+    routes = kernels.route(torch.zeros(1, 16), torch.eye(16)[9], Routing(4, 4, 2, True, 1.0))
+    assert routes.experts.tolist() == [[9, 0, 1, 2]], "group 2 for its expert 9, group 0 for its index"
+
+
+def test_scores_that_saturate_are_ties(kernels):
+    """Past 17 the fp32 sigmoid is exactly 1, and far below zero exactly 0: then the bias and the index decide."""
+    logits = torch.tensor([[20.0, 90.0, 30.0, -200.0, -120.0]])
+    routes = kernels.route(logits, torch.tensor([0.0, 0.0, 0.5, 0.0, 0.0]), Routing(5, 1, 1, False, 1.0))
+    assert routes.experts.tolist() == [[2, 0, 1, 3, 4]]
+    assert routes.weights.tolist() == [[1.0, 1.0, 1.0, 0.0, 0.0]]
 
 
 def test_the_bias_only_selects(kernels):
     """A bias that turns the choice round leaves the weights those of the scores."""
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
-    picked, weights = kernels.route(logits, torch.tensor([-9.0, -9.0, 0.0, 0.5]), Routing(2, 1, 1, False, 1.0))
-    assert picked.tolist() == [[3, 2]]
-    assert_close(weights, torch.sigmoid(logits.double())[:, [3, 2]])
+    routes = kernels.route(logits, torch.tensor([-9.0, -9.0, 0.0, 0.5]), Routing(2, 1, 1, False, 1.0))
+    assert routes.experts.tolist() == [[3, 2]]
+    assert_close(routes.weights, torch.sigmoid(logits.double())[:, [3, 2]])
 
 
 def test_routing_does_not_see_rows_or_threads(kernels):
     logits, bias = torch.randn(67, 24, generator=seeded(3)), torch.zeros(24)
     routing = Routing(5, 4, 2, True, 5.0)
-    picked = same_for_all_threads(lambda: kernels.route(logits, bias, routing)[0])
-    weights = same_for_all_threads(lambda: kernels.route(logits, bias, routing)[1])
+    if kernels.backend == "reference":
+        same_for_all_threads(lambda: kernels.route(logits, bias, routing).experts)
+        same_for_all_threads(lambda: kernels.route(logits, bias, routing).weights)
+    routes = kernels.route(scattered(logits), bias, routing)
+    picked, weights = routes.experts, routes.weights
     for row in range(67):
         alone = kernels.route(logits[row : row + 1], bias, routing)
-        assert_same_bits(alone[0][0], picked[row])
-        assert_same_bits(alone[1][0], weights[row])
+        assert_same_bits(alone.experts[0], picked[row])
+        assert_same_bits(alone.weights[0], weights[row])
+
+
+@pytest.mark.parametrize("routing", [Routing(5, 1, 1, True, 5.0), Routing(6, 4, 2, True, 5.0)], ids=str)
+def test_a_row_of_nan_picks_real_experts_and_harms_no_other(kernels, routing):
+    logits, bias = torch.randn(3, 24, generator=seeded(4)), torch.zeros(24)
+    expected = kernels.route(logits, bias, routing)
+    for poison in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+        poisoned = logits.clone()
+        poisoned[1] = poison
+        routes = kernels.route(poisoned, bias, routing)
+        assert len({expert for expert in routes.experts[1].tolist() if 0 <= expert < 24}) == routing.top_k
+        for row in (0, 2):
+            assert_same_bits(routes.experts[row], expected.experts[row])
+            assert_same_bits(routes.weights[row], expected.weights[row])
+
+
+@pytest.mark.parametrize(("rows", "experts", "top_k"), [(1, 512, 22), (67, 24, 3), (40, 5, 5), (33, 600, 2), (5, 9, 1)])
+def test_tiles_hold_every_pair_once(kernels, rows, experts, top_k):
+    """The Triton backend's plan: pairs in order of expert, then row; tiles of at most 16; unused slots say so."""
+    if kernels.backend != "triton":
+        pytest.skip("the reference needs no plan")
+    logits = torch.randn(rows, experts, generator=seeded(5))
+    logits[:, experts // 2] = 9.0  # one expert has a pair of every row
+    routes = kernels.route(logits, torch.zeros(experts), Routing(top_k, 1, 1, True, 1.0))
+    pairs = routes.experts.flatten()
+    assert routes.plan.order.tolist() == pairs.argsort(stable=True).tolist()
+    expected, place = [], 0
+    for expert, count in enumerate(torch.bincount(pairs, minlength=experts).tolist()):
+        expected += [(expert, place + start, min(16, count - start)) for start in range(0, count, 16)]
+        place += count
+    slots = [tuple(slot) for slot in routes.plan.tiles.t().tolist()]
+    assert slots[: len(expected)] == expected
+    assert all(count == 0 for _, _, count in slots[len(expected) :])
 
 
 @dataclass(frozen=True)
@@ -101,11 +147,13 @@ CASES = [
     Case(64, 16, 4, 64, 128),
     Case(40, 8, 1, 16, 32, "one"),
     Case(19, 6, 3, 16, 32, "none_first"),
-    Case(50, 40, 22, 32, 48),
+    Case(20, 30, 22, 32, 48),
+    Case(3, 4, 2, 600, 70),  # too wide for fp32 experts in one launch
 ]
 
 
 def inputs(case: Case, seed: int = 0) -> tuple[Tensor, ...]:
+    """x, up, down, picked, weights."""
     generator = seeded(seed)
     x = torch.randn(case.rows, case.width, generator=generator)
     up = torch.randn(case.experts, case.inner, case.width, generator=generator) * case.width**-0.5
@@ -119,32 +167,95 @@ def inputs(case: Case, seed: int = 0) -> tuple[Tensor, ...]:
     return x, up, down, picked, torch.rand(case.rows, case.top_k, generator=generator)
 
 
-def exact_experts(x: Tensor, up: Tensor, down: Tensor, picked: Tensor, weights: Tensor) -> Tensor:
+def routes_to(kernels, picked: Tensor, weights: Tensor, experts: int) -> Routes:
+    """Routes that the backend itself makes for given picks, with given weights."""
+    logits = torch.full((picked.shape[0], experts), -20.0)
+    logits.scatter_(1, picked, torch.linspace(2, -2, picked.shape[1]).expand(picked.shape))
+    routes = kernels.route(logits, torch.zeros(experts), Routing(picked.shape[1], 1, 1, True, 1.0))
+    assert routes.experts.tolist() == picked.tolist()
+    return replace(routes, weights=weights)
+
+
+def exact_experts(
+    x: Tensor, up: Tensor, down: Tensor, picked: Tensor, weights: Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """(the result, the largest single term's magnitude per row) in float64; what is multiplied is rounded to dtype."""
     out = torch.zeros(x.shape, dtype=torch.float64)
+    largest = torch.zeros(x.shape[0], 1, dtype=torch.float64)
     for row in range(x.shape[0]):
         for expert, weight in zip(picked[row].tolist(), weights[row].tolist(), strict=True):
-            inner = (up[expert].double() @ x[row].double()).clamp(min=0).square()
-            out[row] += weight * (down[expert].double() @ inner)
-    return out
+            inner = (up[expert].double() @ x[row].to(dtype).double()).clamp(min=0).square().to(dtype).double()
+            terms = weight * down[expert].double() * inner
+            out[row] += terms.sum(1)
+            largest[row] = max(largest[row], terms.abs().max())
+    return out, largest
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_experts(kernels, case):
     x, up, down, picked, weights = inputs(case)
-    actual = kernels.experts(x, up, down, picked, weights)
-    assert_close(actual, exact_experts(x, up, down, picked, weights), case.width + case.inner + case.top_k)
-    assert_same_bits(kernels.experts(scattered(x), up, down, picked, scattered(weights)), actual)
+    routes = routes_to(kernels, picked, weights, case.experts)
+    packed = kernels.pack_experts(up, down)
+    actual = kernels.experts(x, packed, routes)
+    expected, _ = exact_experts(x, up, down, picked, weights)
+    assert_close(actual, expected, case.width + case.inner + case.top_k)
+    strided = replace(routes, weights=scattered(weights))
+    assert_same_bits(kernels.experts(scattered(x), packed, strided), actual)
+
+
+@pytest.mark.parametrize("case", [Case(33, 16, 4, 64, 128), Case(7, 3, 2, 13, 17), Case(2, 4, 2, 1040, 72)], ids=str)
+def test_experts_in_bf16(kernels, case):
+    """The reference multiplies in fp32; a GPU rounds x and the squares to bf16 first, and so must the exact result.
+
+    A square so near the middle between two bf16 values that fp32 and float64 round it apart moves one term by one ulp,
+    2^-7 of it at most. Two of those in one sum are allowed for; a row has 4 * 128 squares, and of them about 0.1 do.
+    """
+    x, up, down, picked, weights = inputs(case)
+    up, down = up.bfloat16(), down.bfloat16()
+    packed = kernels.pack_experts(up, down)
+    actual = kernels.experts(x, packed, routes_to(kernels, picked, weights, case.experts))
+    rounded = torch.bfloat16 if kernels.backend == "triton" else torch.float64
+    expected, largest = exact_experts(x, up, down, picked, weights, rounded)
+    assert actual.dtype == torch.float32
+    assert ((actual - expected).abs() <= 2 * 2**-7 * largest + 1e-5 * expected.abs().max()).all()
+
+
+def test_fp16_experts_keep_their_precision(kernels):
+    x, up, down, picked, weights = inputs(Case(3, 4, 2, 16, 24))
+    up, down = up.half(), down.half()
+    routes = routes_to(kernels, picked, weights, 4)
+    expected, _ = exact_experts(x, up, down, picked, weights)
+    assert_close(kernels.experts(x, kernels.pack_experts(up, down), routes), expected, 16 + 24 + 2)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.rows], ids=str)
 def test_a_token_does_not_see_the_others(kernels, case):
     x, up, down, picked, weights = inputs(case, 1)
-    expected = same_for_all_threads(lambda: kernels.experts(x, up, down, picked, weights))
+    packed = kernels.pack_experts(up, down)
+
+    def run(x: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        return kernels.experts(x, packed, routes_to(kernels, picked[rows], weights[rows], case.experts))
+
+    expected = same_for_all_threads(lambda: run(x)) if kernels.backend == "reference" else run(x)
     order = torch.randperm(case.rows, generator=seeded(2))
-    assert_same_bits(kernels.experts(x[order], up, down, picked[order], weights[order]), expected[order])
+    assert_same_bits(run(x[order], order), expected[order])
     for row in {0, case.rows // 2, case.rows - 1}:
         part = slice(row, row + 1)
-        assert_same_bits(kernels.experts(x[part], up, down, picked[part], weights[part]), expected[part])
+        assert_same_bits(run(x[part], part), expected[part])
     poisoned = torch.full_like(x, torch.nan)
     poisoned[0] = x[0]
-    assert_same_bits(kernels.experts(poisoned, up, down, picked, weights)[0], expected[0])
+    assert_same_bits(run(poisoned)[0], expected[0])
+
+
+@pytest.mark.parametrize("case", [Case(17, 4, 2, 13, 49), Case(17, 4, 2, 600, 20)], ids=str)
+def test_a_gpu_would_forgive_it(kernels, case):
+    """Programs in any order, no lane out of bounds, no race, nothing that hangs on masked lanes."""
+    if kernels.backend != "triton":
+        pytest.skip("only Triton's interpreter can be watched")
+    from headrace.kernels.lab.sanitizer import sanitize
+
+    x, up, down, picked, weights = inputs(case)
+    x, packed = scattered(x), kernels.pack_experts(up, down)
+    with sanitize():
+        actual = kernels.experts(x, packed, routes_to(kernels, picked, weights, case.experts))
+    assert_same_bits(actual, kernels.experts(x, packed, routes_to(kernels, picked, weights, case.experts)))

@@ -46,6 +46,7 @@ def test_types(tmp_path):
     run(
         tool("mypy"), "--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache"),
         "--namespace-packages", "--explicit-package-bases", "-p", "headrace.engine", "-p", "headrace.tokenizer",
+        "-p", "headrace.kernels",
         cwd=tmp_path, MYPYPATH=str(tmp_path),
     )  # fmt: skip
 

@@ -92,7 +92,7 @@ def test_cache_sizes():
     caches = Caches.allocate(config, 1, 1, 1, device="meta", dtype=torch.bfloat16)
     assert sum(layer.nbytes for layer in (*caches.keys, *caches.values)) == 8 * 1024
     assert sum(layer.nbytes for layer in caches.ssm) == 160 * 2**20
-    assert sum(layer.nbytes for layer in caches.conv) == 40 * 60 * 1024
+    assert sum(layer.nbytes for layer in caches.conv) == 40 * 80 * 1024
 
 
 NAMES = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}

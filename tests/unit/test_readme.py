@@ -27,7 +27,7 @@ def test_links_resolve_and_no_placeholder_is_left(document):
 
 
 def test_files_named_as_evidence_exist():
-    named = re.findall(r"`((?:tests|benchmarks|engine)/[\w/.*-]+)`", README)
+    named = re.findall(r"`((?:tests|benchmarks|engine|kernels)/[\w/.*-]+)`", README)
     assert len(named) > 5
     for name in named:
         assert list(ROOT.glob(name)), name

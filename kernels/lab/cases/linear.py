@@ -1,0 +1,103 @@
+"""Every projection of the published model, bf16, with what is fused into it; the embedding and the last norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from headrace.kernels.lab.cases import Case
+from headrace.kernels.norm import Norm
+from headrace.kernels.triton import linear, norm
+
+HIDDEN, VOCABULARY = 4096, 131_072
+BATCHES = (1, 8, 32, 128)
+BF16, FP32, INT64 = 2, 4, 8  # bytes
+
+
+@dataclass(frozen=True)
+class Projection:
+    name: str
+    outputs: int
+    inputs: int
+    second: int = 0  # columns of the second input, to which relu2 is applied
+    groups: int = 0  # of the norm; 0: none
+    residual: bool = False
+
+    def make(self, batch: int) -> Callable[[], object]:
+        weight = torch.empty(self.outputs, self.inputs + self.second, dtype=torch.bfloat16)
+        packed = linear.PackedLinear(weight, None)
+        x = torch.empty(batch, self.inputs)
+        inputs = (x, torch.empty(batch, self.second)) if self.second else x
+        before = Norm(torch.empty(self.inputs), 1e-5, self.groups) if self.groups else None
+        residual = torch.empty(batch, self.outputs) if self.residual else None
+        return lambda: linear.linear(inputs, packed, norm=before, relu2=self.second > 0, residual=residual)
+
+    def minimum_bytes(self, batch: int) -> int:
+        width = self.inputs + self.second
+        rows = batch * FP32 * (width + self.outputs * (2 if self.residual else 1))
+        return BF16 * self.outputs * width + rows + (FP32 * width if self.groups else 0)
+
+
+PROJECTIONS = (
+    Projection("Mamba in", 18_560, HIDDEN, groups=1),
+    Projection("Mamba out", HIDDEN, 8192, groups=8, residual=True),
+    Projection("query, key, value", 4608, HIDDEN, groups=1),
+    Projection("attention out", HIDDEN, HIDDEN, residual=True),
+    Projection("MoE first", 6912, HIDDEN, groups=1),
+    Projection("MoE last", HIDDEN, 1024, second=5376, residual=True),
+    Projection("head", VOCABULARY, HIDDEN),
+)
+
+
+def linear_case(projection: Projection, batch: int) -> Case:
+    op = f"linear {projection.name} {projection.outputs} x {projection.inputs + projection.second}"
+    return Case(
+        name=f"{op}, batch {batch}",
+        op=op,
+        make=lambda: projection.make(batch),
+        minimum_bytes=projection.minimum_bytes(batch),
+        most_bytes=1.02,
+        streamed=("weight",),
+        steps=("BLOCK_K", "GROUPS"),
+        least_in_flight=20_000,
+    )
+
+
+def embed_case(batch: int) -> Case:
+    def make() -> Callable[[], object]:
+        weight = torch.empty(VOCABULARY, HIDDEN, dtype=torch.bfloat16)
+        token_ids = torch.arange(batch) * 1000
+        return lambda: linear.embed(weight, token_ids)
+
+    return Case(
+        name=f"embed {HIDDEN}, batch {batch}",
+        op=f"embed {HIDDEN}",
+        make=make,
+        minimum_bytes=batch * (INT64 + (BF16 + FP32) * HIDDEN),
+        most_bytes=1.02,
+        streamed=("weight", "out"),
+        steps=("BLOCK",),
+    )
+
+
+def norm_case(batch: int) -> Case:
+    def make() -> Callable[[], object]:
+        x, last = torch.ones(batch, HIDDEN), Norm(torch.ones(HIDDEN), 1e-5)
+        return lambda: norm.rms_norm(x, last)
+
+    return Case(
+        name=f"rms_norm {HIDDEN}, batch {batch}",
+        op=f"rms_norm {HIDDEN}",
+        make=make,
+        minimum_bytes=FP32 * HIDDEN * (2 * batch + 1),
+        streamed=("out",),
+        steps=("SPAN", "BLOCK"),
+    )
+
+
+CASES = (
+    *(linear_case(projection, batch) for projection in PROJECTIONS for batch in BATCHES),
+    *(case(batch) for case in (embed_case, norm_case) for batch in (1, 128)),
+)

@@ -1,0 +1,1 @@
+"""Triton kernels: GPU implementations of the ops whose contracts stand in ``headrace.kernels``."""

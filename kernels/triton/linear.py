@@ -1,0 +1,314 @@
+"""Dense projections for decode and prompts alike: y = residual + f(norm(x)) W^T + b, and the embedding.
+
+Features are the M dimension of the MMA and tokens its N, so that one instruction (mma.sync m16n8k16) serves any number
+of tokens and a tile of 128 reads each weight once. An element's bits are made by its row, its column, the instruction
+and the order of K. That order follows from the weight's shape and the architecture, never from the number of tokens;
+tile sizes, warps and stages may follow it, since no sum is split among programs or left to a layout.
+
+The norm costs no pass of its own. With r the norm's factor of a row, (x r w) W = r (x w) W: the MMA runs on x w, the
+squares of the same tiles are summed beside it in fp32, and r multiplies the sum at the end of the row, or of each
+group. So operands are rounded to the weights' dtype before r and not after it; rounding is relative and bf16 has the
+range of fp32: nothing is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headrace.kernels.linear import check_prologue
+from headrace.kernels.norm import Norm
+from headrace.kernels.triton.common import mma
+from headrace.kernels.triton.target import architecture
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """A weight as the kernel wants it: [N, K] bf16 or fp32, contiguous."""
+
+    weight: Tensor
+    bias: Tensor | None  # [N] fp32
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How one projection is cut into programs, and a program's K into steps."""
+
+    features: int  # rows of the weight a program
+    tokens: int
+    columns: int  # of K a step: part of the numerics
+    warps: int
+    stages: int
+    registers: int | None  # at most, per thread; None: as the compiler likes
+
+
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}
+"""Bytes of shared memory a CTA may have, by architecture; elsewhere they are 101,376."""
+
+
+def tiling(tokens: int, features: int, span: int, groups: int, dtype: torch.dtype, arch: int) -> Tiling:
+    """For [tokens, K] x [features, K]^T; ``span``: the longest run of columns that is walked from a fresh step.
+
+    ``columns`` must not follow ``tokens``, nor may anything else that an element's bits are made by.
+    """
+    shared = SHARED.get(arch, 101_376)
+    if dtype == torch.float32:
+        columns = 32  # multiplied without tensor cores: a step's operands lie in registers
+    else:
+        columns = 128 if shared > 200_000 else 64  # two steps of 128 tokens (fp32) must fit
+    columns = min(columns, max(16, triton.next_power_of_2(span)))
+    block_tokens = min(128, max(8, triton.next_power_of_2(tokens)))
+    # Every program reads all its tokens through L2, 4 bytes a token and column, against 2 a feature and column: wide
+    # tiles for many tokens. But with few tokens, where memory is all that counts, every SM must draw on it.
+    widest = 128 if groups == 1 else 64  # a norm by groups holds two accumulators
+    block_features = min(widest, max(64, 2 * block_tokens))
+    enough = 256 if block_tokens <= 16 else 96 if block_tokens <= 32 else 64
+    while block_features > 32 and triton.cdiv(tokens, block_tokens) * triton.cdiv(features, block_features) < enough:
+        block_features //= 2
+    # 48 KB of weights under way hide 0.8 us of latency at 8 TB/s over 148 SMs, even with one program on each.
+    # 12 KB stay for the layout conversions at the end of a group or of the whole.
+    weight_bytes = block_features * columns * dtype.itemsize
+    step_bytes = weight_bytes + 4 * (block_tokens + 1) * columns
+    buffers = max(2, min(7, triton.cdiv(49_152, weight_bytes), (shared - 12_288) // step_bytes))
+    warps = 8 if block_tokens * block_features > 1024 else 4
+    # Left alone, the compiler spills registers to fit in more small programs than shared memory has room for; of those
+    # with 168 registers a thread there fit 3.
+    registers = 168 if warps == 4 else None
+    return Tiling(block_features, block_tokens, columns, warps, stages=1 + buffers, registers=registers)
+
+
+def pack_linear(weights: Sequence[Tensor], bias: Tensor | None = None, *, dim: int = 0) -> PackedLinear:
+    """The contract is ``headrace.kernels.linear.pack_linear``. Weights stay bf16, or become fp32.
+
+    fp16 becomes fp32 because activations are rounded to the weights' dtype, and they would overflow fp16.
+    """
+    weight = weights[0] if len(weights) == 1 else torch.cat(tuple(weights), dim)
+    if weight.dtype != torch.bfloat16:
+        weight = weight.float()
+    return PackedLinear(weight.contiguous(), None if bias is None else bias.float().contiguous())
+
+
+def linear(
+    x: Tensor | tuple[Tensor, Tensor],
+    packed: PackedLinear,
+    *,
+    norm: Norm | None = None,
+    relu2: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The contract is ``headrace.kernels.linear.linear``."""
+    x1, x2 = x if isinstance(x, tuple) else (x, None)
+    tokens, (features, width) = x1.shape[0], packed.weight.shape
+    check_prologue(x1.shape[1], width, norm, relu2)
+    out = torch.empty((tokens, features), dtype=torch.float32, device=x1.device)
+    if not tokens:
+        return out
+    groups = 1 if norm is None else norm.groups
+    span = width // groups if groups > 1 else max(x1.shape[1], width - x1.shape[1])
+    tile = tiling(tokens, features, span, groups, packed.weight.dtype, architecture(x1.device))
+    _linear[(triton.cdiv(tokens, tile.tokens) * triton.cdiv(features, tile.features),)](
+        out,
+        x1,
+        x2,
+        packed.weight,
+        None if norm is None else norm.weight,
+        packed.bias,
+        residual,
+        tokens,
+        features,
+        x1.stride(0),
+        0 if x2 is None else x2.stride(0),
+        0 if residual is None else residual.stride(0),
+        0.0 if norm is None else norm.eps,
+        K1=x1.shape[1],
+        K=width,
+        GROUPS=groups,
+        RELU2=relu2,
+        BLOCK_F=tile.features,
+        BLOCK_T=tile.tokens,
+        BLOCK_K=tile.columns,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        maxnreg=tile.registers,
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _linear(
+    out,
+    x1,
+    x2,
+    weight,
+    norm_weight,
+    bias,
+    residual,
+    tokens,
+    features,
+    x1_stride,
+    x2_stride,
+    residual_stride,
+    eps,
+    K1: tl.constexpr,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    RELU2: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    SPAN: tl.constexpr = K // GROUPS if GROUPS > 1 else K1  # columns that are walked from a fresh step
+    PER_SPAN: tl.constexpr = (SPAN + BLOCK_K - 1) // BLOCK_K
+    STEPS: tl.constexpr = GROUPS * PER_SPAN if GROUPS > 1 else PER_SPAN + (K - K1 + BLOCK_K - 1) // BLOCK_K
+
+    token, feature = _first_of_tile(tokens, features, BLOCK_T, BLOCK_F)
+    acc = tl.zeros((1, BLOCK_F, BLOCK_T), tl.float32)
+    total = tl.zeros((1, BLOCK_F, BLOCK_T), tl.float32)
+    squares = tl.zeros((BLOCK_K // 8 * BLOCK_T, 2), tl.float32)
+    for step in range(STEPS):
+        if GROUPS > 1:
+            column = step // PER_SPAN * SPAN + step % PER_SPAN * BLOCK_K
+            end = step // PER_SPAN * SPAN + SPAN
+        else:  # of one input or, after it, of the other
+            column = step * BLOCK_K - tl.where(step < PER_SPAN, 0, PER_SPAN * BLOCK_K - K1)
+            end = tl.where(step < PER_SPAN, K1, K)
+        w = _load_weight(weight, feature, features, column, end, K, BLOCK_F, BLOCK_K)
+        if K > K1:
+            source, stride = tl.where(column < K1, x1, x2 - K1), tl.where(column < K1, x1_stride, x2_stride)
+        else:
+            source, stride = x1, x1_stride
+        x = _load_tokens(source, stride, token, tokens, column, end, BLOCK_T, BLOCK_K)
+        if RELU2:
+            positive = tl.where(x < 0, 0.0, x)  # NaN stays
+            x = positive * positive if K == K1 else tl.where(column < K1, x, positive * positive)
+        if norm_weight is not None:
+            squares += _pairs(_pairs(x * x))
+        x = tl.reshape(x, (BLOCK_K // 8, BLOCK_T, 8))
+        if norm_weight is not None:
+            columns = column + 8 * tl.arange(0, BLOCK_K // 8)[:, None, None] + tl.arange(0, 8)[None, None, :]
+            x *= tl.load(norm_weight + columns, mask=columns < end, other=0.0)
+        x = tl.reshape(tl.permute(x.to(w.dtype), (0, 2, 1)), (BLOCK_K, BLOCK_T))
+        acc = mma(w, x, acc)
+        if GROUPS > 1:  # noqa: SIM102 (one condition is known to the compiler)
+            if step % PER_SPAN == PER_SPAN - 1:
+                total += acc * _factor(squares, SPAN, eps, BLOCK_T)
+                acc = tl.zeros_like(acc)
+                squares = tl.zeros_like(squares)
+    if GROUPS > 1:
+        acc = total
+    elif norm_weight is not None:
+        acc *= _factor(squares, K, eps, BLOCK_T)
+    y = tl.trans(tl.reshape(acc, (BLOCK_F, BLOCK_T)))
+    _finish(out, y, bias, residual, residual_stride, token, tokens, feature, features)
+
+
+@triton.jit
+def _first_of_tile(tokens, features, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
+    """First token and first feature of this program.
+
+    Token tiles of one weight tile run side by side, so that L2 serves the weight to all but one of them; but no more
+    than 8, so that L2 still has a long prompt's activations when the next weight tile asks for them.
+    """
+    token_tiles, feature_tiles = tl.cdiv(tokens, BLOCK_T), tl.cdiv(features, BLOCK_F)
+    strip = tl.program_id(0) // (8 * feature_tiles) * 8
+    within = tl.program_id(0) % (8 * feature_tiles)
+    beside = tl.minimum(token_tiles - strip, 8)
+    return (strip + within % beside) * BLOCK_T, within // beside * BLOCK_F
+
+
+@triton.jit
+def _load_weight(weight, feature, features, column, end, K: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The operand of ``mma`` [BLOCK_F, BLOCK_K] at (feature, column) of a weight [features, K]; 0 outside."""
+    rows, columns = tl.arange(0, BLOCK_F)[:, None], column + tl.arange(0, BLOCK_K)[None, :]
+    pointers = weight + feature.to(tl.int64) * K + (rows * K + columns)
+    return tl.load(pointers, mask=(rows < features - feature) & (columns < end), other=0.0)
+
+
+@triton.jit
+def _load_tokens(source, stride, token, tokens, column, end, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Activations at (token, column), 0 outside: [BLOCK_K / 8 * BLOCK_T, 8], 8 columns of all tokens after the other.
+
+    So they lie in shared memory, and when a warp reads an operand of 8 tokens by 8 columns, it finds each row of 32
+    bytes in other banks. Token by token the rows would be 4 * BLOCK_K bytes apart, all in the same banks.
+    """
+    line, within = tl.arange(0, BLOCK_K // 8 * BLOCK_T)[:, None], tl.arange(0, 8)[None, :]
+    rows, columns = line % BLOCK_T, column + line // BLOCK_T * 8 + within
+    pointers = source + token.to(tl.int64) * stride + (rows * stride + columns)
+    return tl.load(pointers, mask=(rows < tokens - token) & (columns < end), other=0.0)
+
+
+@triton.jit
+def _pairs(x):
+    """[R, C] -> [R, C / 2]: the sums of two neighbours."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return even + odd
+
+
+@triton.jit
+def _factor(squares, COUNT: tl.constexpr, eps, BLOCK_T: tl.constexpr):
+    """Sums of the squares of COUNT channels, as ``_load_tokens`` lays them out -> [1, 1, T], 1 / sqrt(mean + eps).
+
+    Neighbours are added level by level. A reduction's order would follow the layout, and that the number of tokens.
+    """
+    EIGHTS: tl.constexpr = squares.shape[0] // BLOCK_T
+    squares = tl.permute(tl.reshape(squares, (EIGHTS, BLOCK_T, 2)), (1, 0, 2))
+    squares = tl.reshape(squares, (BLOCK_T, 2 * EIGHTS))
+    for _ in tl.static_range(_log2(2 * EIGHTS)):
+        squares = _pairs(squares)
+    return tl.rsqrt(tl.reshape(squares, (1, 1, BLOCK_T)) / COUNT + eps)
+
+
+@triton.constexpr_function
+def _log2(n: int) -> int:
+    return n.bit_length() - 1
+
+
+@triton.jit
+def _finish(out, y, bias, residual, residual_stride, token, tokens, feature, features):
+    """Store y [T, F] at (token, feature), with bias and residual added."""
+    rows, columns = tl.arange(0, y.shape[0])[:, None], tl.arange(0, y.shape[1])[None, :]
+    there = (rows < tokens - token) & (columns < features - feature)
+    if bias is not None:
+        y += tl.load(bias + feature + columns, mask=columns < features - feature, other=0.0)
+    if residual is not None:
+        residual += token.to(tl.int64) * residual_stride + feature
+        y = tl.load(residual + (rows * residual_stride + columns), mask=there, other=0.0) + y
+    out += token.to(tl.int64) * features + feature
+    tl.store(out + (rows * features + columns), y, mask=there)
+
+
+def embed(weight: Tensor, token_ids: Tensor) -> Tensor:
+    """The contract is ``headrace.kernels.linear.embed``."""
+    tokens, width = token_ids.shape[0], weight.shape[1]
+    out = torch.empty((tokens, width), dtype=torch.float32, device=weight.device)
+    if not tokens:
+        return out
+    block = min(1024, triton.next_power_of_2(width))
+    _embed[(triton.cdiv(width, block), tokens)](
+        out,
+        weight,
+        token_ids,
+        weight.stride(0),
+        token_ids.stride(0),
+        WIDTH=width,
+        BLOCK=block,
+        num_warps=4,
+        num_stages=1,
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+@triton.jit
+def _embed(out, weight, token_ids, weight_stride, id_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(1).to(tl.int64)
+    channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(token_ids + token * id_stride).to(tl.int64)
+    values = tl.load(weight + row * weight_stride + channels, mask=channels < WIDTH)
+    tl.store(out + token * WIDTH + channels, values.to(tl.float32), mask=channels < WIDTH)

@@ -1,0 +1,12 @@
+"""Kernels compiled ahead of time. A process interprets or compiles, so nothing here is collected under the
+interpreter."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+collect_ignore_glob: list[str] = []
+if os.environ.get("TRITON_INTERPRET") == "1":
+    collect_ignore_glob.append("test_*.py")
