@@ -114,12 +114,12 @@ class Engine:
         device = Device(config.device)
         self.sizes: CacheSizes = cache_sizes(model_config, config, device)
         sizes, dtype = self.sizes, getattr(torch, config.torch_cache_dtype)
-        with device.work():
+        with device.work():  # what is zeroed here is zero before the first step reads it
             caches = Caches.allocate(
                 model_config, sizes.num_slots, sizes.num_pages, sizes.page_size, config.device, dtype
             )
+            runner = Runner(network, select(config.kernels), caches, sizes, self.control, device)
         self._scheduler = scheduling.Scheduler(scheduler_limits(config, sizes, model_config))
-        runner = Runner(network, select(config.kernels), caches, sizes, self.control, device)
         self._loop = EngineLoop(self._scheduler, runner, config.max_waiting, model_config.vocab_size)
         self._loop_waiters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopWaiter] = (
             weakref.WeakKeyDictionary()

@@ -46,7 +46,6 @@ FAN = 8
 """Parts whose sums one program adds up. 64 at once would be half a megabyte to read for a single SM, 5 us; in two
 levels it is an eighth at a time, read by eight."""
 
-
 MOST_PAIRS = 64
 """Pairs of (new row, query head) in a tile; twice as many leave no registers. More rows take another launch."""
 
@@ -68,7 +67,7 @@ def decode_attention(
     scale: float,
     rows: int = 1,
 ) -> Tensor:
-    """See ``headrace.kernels.attention``. Raises ValueError for fp8 pages below sm_89, and for pages with gaps."""
+    """See ``headrace.kernels.attention``. Raises ValueError for pages that ``attention_softmax.checked`` refuses."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     together = max(1, MOST_PAIRS * pages.keys.shape[2] // q.shape[1])
     for first in range(0, rows if q.shape[0] else 0, together):
@@ -160,20 +159,17 @@ def _decode(
     row_width = tl.num_programs(1) * WIDTH
     first = tl.load(positions + sequence).to(tl.int32) + skipped
     last = first + ROWS - 1
-    segments = last // SEGMENT + 1
-    if part >= segments:
+    if part > last // SEGMENT:
         return
     table = page_table + tl.load(slots + sequence) * table_stride
     row = sequence * rows + skipped
-    keys += head * WIDTH
-    values += head * WIDTH
+    keys, values = keys + head * WIDTH, values + head * WIDTH
     if _is_part_of(part, first, SEGMENT, PARTS) or _is_part_of(part, last, SEGMENT, PARTS):
         # Who will read a new token writes it: nobody else needs it in this launch.
         new = tl.arange(0, triton.next_power_of_2(ROWS))
-        mine = (new < ROWS) & _is_part_of(part, first + new, SEGMENT, PARTS)
         at = page_rows(table, first + new, last, PAGE)
-        k += row * k_strides[0] + head * k_strides[1]
-        v += row * v_strides[0] + head * v_strides[1]
+        mine = (new < ROWS) & _is_part_of(part, first + new, SEGMENT, PARTS)
+        k, v = k + row * k_strides[0] + head * k_strides[1], v + row * v_strides[0] + head * v_strides[1]
         write_rows(k, new, k_strides[0], keys, at, row_width, mine, k_scale, WIDTH)
         write_rows(v, new, v_strides[0], values, at, row_width, mine, v_scale, WIDTH)
         tl.debug_barrier()
@@ -182,30 +178,25 @@ def _decode(
     offsets = pair // GROUP * q_strides[0] + pair % GROUP * q_strides[1]
     queries = load_queries(q, offsets, pair < ROWS * GROUP, keys, WIDTH)
     own = tl.minimum(first + pair // GROUP, last)
-    sums = _walk(
-        queries, keys, values, table, part, segments, own, last, row_width, factor, WIDTH, PAGE, KEYS, SEGMENT, PARTS
-    )
+    sums = _walk(queries, (keys, values, table, row_width), part, own, last, factor, WIDTH, PAGE, KEYS, SEGMENT, PARTS)
     out += (row * tl.num_programs(1) + head) * GROUP * WIDTH
-    place = sequence * tl.num_programs(1) + head
-    _finish(out, partial, stats, arrived, place, part, segments, sums, v_scale, ROWS * GROUP, GROUP, WIDTH, PARTS, FAN)
+    place, parts = sequence * tl.num_programs(1) + head, tl.minimum(last // SEGMENT + 1, PARTS)
+    _finish(out, partial, stats, arrived, place, part, parts, sums, v_scale, ROWS * GROUP, GROUP, WIDTH, FAN)
 
 
 @triton.jit
 def _is_part_of(part, token, SEGMENT: tl.constexpr, PARTS: tl.constexpr):
+    """Whether the part walks the token's segment."""
     return token // SEGMENT % PARTS == part
 
 
 @triton.jit
 def _walk(
     queries,
-    keys,
-    values,
-    table,
+    pages,
     part,
-    segments,
     own,
     last,
-    row_width,
     factor,
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
@@ -214,10 +205,11 @@ def _walk(
     PARTS: tl.constexpr,
 ):
     """The softmax's sums over the part's segments, in order."""
+    keys, values, table, row_width = pages
     STEPS: tl.constexpr = SEGMENT // KEYS
     BETWEEN: tl.constexpr = (PARTS - 1) * SEGMENT  # tokens of other parts between two segments
-    steps = ((segments - 1 - part) // PARTS + 1) * STEPS
-    if (segments - 1) % PARTS == part:  # of the last segment, only as much as there is
+    steps = ((last // SEGMENT - part) // PARTS + 1) * STEPS
+    if _is_part_of(part, last, SEGMENT, PARTS):  # of the last segment, only as much as there is
         steps -= (SEGMENT - 1 - last % SEGMENT) // KEYS
     peak, mass, acc = no_sums(queries.shape[1], WIDTH)
     token = part * SEGMENT + tl.arange(0, KEYS)
@@ -240,13 +232,12 @@ def _finish(
     arrived,
     place,
     part,
-    segments,
+    parts,
     sums,
     v_scale,
     PAIRS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
     FAN: tl.constexpr,
 ):
     """Leave the part's sums to whom ends last: of its group of parts, then of the groups.
@@ -256,7 +247,6 @@ def _finish(
     bound, bound_groups = tl.num_programs(0), tl.cdiv(tl.num_programs(0), FAN)
     arrived += place * (bound_groups + 1)
     place *= bound + bound_groups
-    parts = tl.minimum(segments, PARTS)
     group, groups = part // FAN, tl.cdiv(parts, FAN)
     row_stride = tl.num_programs(1) * GROUP * WIDTH
     _put_sums(partial, stats, place + part, tl.arange(0, sums[0].shape[0]), sums, PAIRS, WIDTH)

@@ -35,7 +35,7 @@ def prefill_tiles(pages: Pages, arch: int) -> Tiles:
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, pages: Pages, page_table: Tensor, slot: int, start: int, scale: float
 ) -> Tensor:
-    """See ``headrace.kernels.attention``. Raises ValueError for fp8 pages below sm_89."""
+    """See ``headrace.kernels.attention``. Raises ValueError for pages that ``attention_softmax.checked`` refuses."""
     length, heads, width = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if length == 0:
@@ -89,7 +89,8 @@ def _append(
     head, row_width = tl.program_id(1), tl.num_programs(1) * WIDTH
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     rows = page_rows(table, start + token, start + length - 1, PAGE)
-    k, v, keys, values = k + head * k_strides[1], v + head * v_strides[1], keys + head * WIDTH, values + head * WIDTH
+    k, v = k + head * k_strides[1], v + head * v_strides[1]
+    keys, values = keys + head * WIDTH, values + head * WIDTH
     write_rows(k, token, k_strides[0], keys, rows, row_width, token < length, k_scale, WIDTH)
     write_rows(v, token, v_strides[0], values, rows, row_width, token < length, v_scale, WIDTH)
 
@@ -120,8 +121,7 @@ def _prefill(
     queries = load_queries(q, offsets, pair < length * GROUP, keys, WIDTH)
     own = start + tl.minimum(pair // GROUP, length - 1)
     last = tl.max(own, 0)
-    keys += head * WIDTH
-    values += head * WIDTH
+    keys, values = keys + head * WIDTH, values + head * WIDTH
     peak, mass, acc = no_sums(QUERIES, WIDTH)
     token = tl.arange(0, KEYS)
     rows = page_rows(table, token, last, PAGE)

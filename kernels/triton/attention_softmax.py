@@ -39,19 +39,23 @@ class Tiles:
 
 
 def make_tiles(queries: int, keys: int, num_warps: int, pages: Pages, arch: int) -> Tiles:
+    """As asked for, with as many stages as there is shared memory for."""
     if pages.keys.dtype == torch.float32:  # multiplied without tensor cores, with operands in registers
         keys = 32
     tile = 2 * keys * padded(pages.keys.shape[3]) * pages.keys.itemsize  # bytes: keys and values
     # Two CTAs an SM, each with one tile less than it has stages; where that is little, a second tile for one CTA.
-    shared = {80: 80, 90: 112, 100: 112}.get(arch, 80) * 1024
+    shared = (112 if arch in (90, 100, 103) else 80) * 1024
     return Tiles(queries, keys, num_warps, num_stages=1 + max(1, min(3, shared // tile)))
 
 
 def checked(pages: Pages) -> int:
-    """The architecture, if it can read the pages. Raises ValueError if not, or if they are not contiguous."""
+    """The architecture. Raises ValueError for pages that the kernels cannot read there."""
     arch = architecture(pages.keys.device)
-    if pages.keys.dtype == torch.float8_e4m3fn and arch < MIN_FP8_ARCH:
-        raise ValueError(f"float8_e4m3fn pages need sm_{MIN_FP8_ARCH}, this is sm_{arch}: keep them in bfloat16")
+    if pages.keys.dtype == torch.float8_e4m3fn:
+        if arch < MIN_FP8_ARCH:
+            raise ValueError(f"float8_e4m3fn pages need sm_{MIN_FP8_ARCH}, this is sm_{arch}: keep them in bfloat16")
+        if pages.keys.shape[3] % 16:
+            raise ValueError(f"float8_e4m3fn pages need heads of a multiple of 16, not {pages.keys.shape[3]}")
     if not (pages.keys.is_contiguous() and pages.values.is_contiguous()):
         raise ValueError("pages must be contiguous")
     return arch
@@ -63,7 +67,7 @@ def score_factor(scale: float, pages: Pages) -> float:
 
 
 @triton.constexpr_function
-def padded(width):  # type: ignore[no-untyped-def]
+def padded(width):
     """Columns of a tile for heads of ``width``: what arange and the dots' K can be."""
     return max(16, triton.next_power_of_2(width))
 
@@ -96,11 +100,23 @@ def load_queries(q, offsets, valid, keys, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_keys(keys, values, rows, row_width, valid, WIDTH: tl.constexpr):
-    """Keys and values [1, KEYS, padded(WIDTH)] as the pages hold them, 0 where not valid."""
-    d = tl.arange(0, padded(WIDTH))[None, None, :]
+    """Keys and values [1, KEYS, padded(WIDTH)] as the pages hold them, 0 where not valid; see ``_load_rows``."""
+    COLUMNS: tl.constexpr = padded(WIDTH)
+    key = _load_rows(keys, rows, row_width, valid, WIDTH, COLUMNS)
+    if values.dtype.element_ty == tl.float8e4nv:
+        words = values.to(tl.pointer_type(tl.int32), bitcast=True)
+        return key, _load_rows(words, rows, row_width // 4, valid, WIDTH // 4, COLUMNS // 4)
+    else:
+        return key, _load_rows(values, rows, row_width, valid, WIDTH, COLUMNS)
+
+
+@triton.jit
+def _load_rows(memory, rows, row_width, valid, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of the pages. fp8 values come as words of four: as bytes they would be picked one by one from shared
+    memory, across the rows, which is how the second dot wants them."""
+    d = tl.arange(0, COLUMNS)[None, None, :]
     at = (rows.to(tl.int64) * row_width)[None, :, None] + d
-    mask = valid[None, :, None] & (d < WIDTH)
-    return tl.load(keys + at, mask=mask, other=0.0), tl.load(values + at, mask=mask, other=0.0)
+    return tl.load(memory + at, mask=valid[None, :, None] & (d < WIDTH), other=0.0)
 
 
 @triton.jit
@@ -110,6 +126,19 @@ def _operand(tile, stored: tl.constexpr):
         return tile.to(tl.float16)
     else:
         return tile.to(stored)
+
+
+@triton.jit
+def _unpacked(words):
+    """The four e4m3 numbers of every word, the lowest byte first: [1, N, words] int32 -> [1, N, 4 * words] fp16."""
+    even = tl.join(_byte(words, 0), _byte(words, 2))
+    odd = tl.join(_byte(words, 1), _byte(words, 3))
+    return tl.reshape(tl.join(even, odd), (1, words.shape[1], 4 * words.shape[2]))
+
+
+@triton.jit
+def _byte(words, INDEX: tl.constexpr):
+    return (words >> 8 * INDEX & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
 
 
 @triton.jit
@@ -126,7 +155,9 @@ def attend(q, key, value, visible, factor, peak, mass, acc):
     peak is the largest score so far, as a power of two; mass is the sum of p = 2^(score - peak), and acc that of p v,
     with p rounded alike in both.
     """
-    key, value = _operand(key, key.dtype), _operand(value, value.dtype)
+    key = _operand(key, key.dtype)
+    if value.dtype == tl.int32:
+        value = _unpacked(value)
     scores = tl.dot(q, tl.permute(key, (0, 2, 1)), input_precision="ieee") * factor
     scores = tl.where(visible, scores, float("-inf"))
     peak, base, shrink, _ = rescale(peak, tl.max(scores, 2))

@@ -106,7 +106,7 @@ def test_a_sample_leaves_counters_as_they_were():
 
 def test_out_of_bounds_load_names_argument_and_line():
     x, out = torch.zeros(100), torch.zeros(100)
-    message = r"28 lanes of CTA \(1, 0, 0\), the first 4 bytes past the end of x \(400 bytes\): .*lab_kernels.py:17:"
+    message = r"28 lanes of CTA \(1, 0, 0\), the first 4 bytes past the end of x \(400 bytes\): .*lab_kernels.py:16:"
     with pytest.raises(PtxError, match=message), execute(90):
         lab_kernels.scale_unmasked[(2,)](x, out, 100, 1.0, BLOCK=64, num_warps=2)
 

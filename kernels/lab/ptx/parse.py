@@ -223,12 +223,15 @@ class _Body:
 
 def _statements(text: str) -> Iterator[tuple[str, str]]:
     """Statements without their semicolon, labels with their colon, and braces of scopes; each with its comment."""
-    held = ""
+    held, inline = "", False
     for line in text.splitlines():
         code, _, comment = line.partition("//")
         code = code.strip()
+        if comment.strip() in ("begin inline asm", "end inline asm"):
+            inline = "begin" in comment
         if code.startswith((".loc ", ".loc\t", ".file")):
-            yield code.replace("\t", " "), comment
+            if not inline:  # LLVM counts lines of the assembly on from that of its call
+                yield code.replace("\t", " "), comment
             continue
         held = f"{held} {code}".strip() if code else held
         while held:
