@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,9 +159,13 @@ def other_triton(version: str) -> Path:
     """A folder that holds Triton ``version`` alone, to stand first on PYTHONPATH; installed on first use."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
     folder = cache / f"triton-{version}"
-    if not (folder / "triton" / "__init__.py").exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-        subprocess.run([*command, f"triton=={version}"], check=True)
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as partial:  # renamed when whole: never half an installation
+            target = Path(partial) / "whole"
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
+            subprocess.run([*command, f"triton=={version}"], check=True)
+            target.rename(folder)
     return folder
 
 

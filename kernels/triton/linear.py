@@ -5,6 +5,12 @@ of tokens and a tile of 128 reads each weight once. An element's bits are made b
 and the order of K. That order follows from the weight's shape and the architecture, never from the number of tokens;
 tile sizes, warps and stages may follow it, since no sum is split among programs or left to a layout.
 
+The warps of a program cut its tile into one part each, and are the batch of a dot of rank 3. Such a dot is by mma.sync
+on every architecture; one of rank 2 becomes wgmma or tcgen05, an instruction that follows the tile. And Triton 3.6
+gives a batch to the warps, so that every warp would compute the whole of a tile that is not cut. The parts are as
+narrow as 8 tokens before features are shared out as well: reading, multiplying and rounding activations costs a warp
+more than reading weights, which are already what the MMA takes.
+
 The norm costs no pass of its own. With r the norm's factor of a row, (x r w) W = r (x w) W: the MMA runs on x w, the
 squares of the same tiles are summed beside it in fp32, and r multiplies the sum at the end of the row, or of each
 group. So operands are rounded to the weights' dtype before r and not after it; rounding is relative and bf16 has the
@@ -23,7 +29,6 @@ from torch import Tensor
 
 from headrace.kernels.linear import check_prologue
 from headrace.kernels.norm import Norm
-from headrace.kernels.triton.common import mma
 from headrace.kernels.triton.target import architecture
 
 
@@ -45,6 +50,16 @@ class Tiling:
     warps: int
     stages: int
     registers: int | None  # at most, per thread; None: as the compiler likes
+
+    @property
+    def token_parts(self) -> int:
+        """Warps beside each other along tokens; the instruction takes 8."""
+        return min(self.warps, self.tokens // 8)
+
+    @property
+    def feature_parts(self) -> int:
+        """Warps beside each other along features; the instruction takes 16. Warps that are left over repeat others."""
+        return min(self.warps // self.token_parts, self.features // 16)
 
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}
@@ -75,10 +90,11 @@ def tiling(tokens: int, features: int, span: int, groups: int, dtype: torch.dtyp
     weight_bytes = block_features * columns * dtype.itemsize
     step_bytes = weight_bytes + 4 * (block_tokens + 1) * columns
     buffers = max(2, min(7, triton.cdiv(49_152, weight_bytes), (shared - 12_288) // step_bytes))
-    warps = 8 if block_tokens * block_features > 1024 else 4
+    # 128 features x 16 tokens a warp are 64 sums a thread. Two warps would do for 32 features x 8 tokens, but four load.
+    warps = 8 if block_tokens == 128 else 4
     # Left alone, the compiler spills registers to fit in more small programs than shared memory has room for; of those
-    # with 168 registers a thread there fit 3.
-    registers = 168 if warps == 4 else None
+    # with 168 registers a thread there fit 3. Where one program fills an SM, any bound makes it spill, even 255.
+    registers = 168 if block_tokens <= 32 else None
     return Tiling(block_features, block_tokens, columns, warps, stages=1 + buffers, registers=registers)
 
 
@@ -129,6 +145,8 @@ def linear(
         K=width,
         GROUPS=groups,
         RELU2=relu2,
+        PARTS_F=tile.feature_parts,
+        PARTS_T=tile.token_parts,
         BLOCK_F=tile.features,
         BLOCK_T=tile.tokens,
         BLOCK_K=tile.columns,
@@ -159,6 +177,8 @@ def _linear(
     K: tl.constexpr,
     GROUPS: tl.constexpr,
     RELU2: tl.constexpr,
+    PARTS_F: tl.constexpr,
+    PARTS_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -168,43 +188,28 @@ def _linear(
     STEPS: tl.constexpr = GROUPS * PER_SPAN if GROUPS > 1 else PER_SPAN + (K - K1 + BLOCK_K - 1) // BLOCK_K
 
     token, feature = _first_of_tile(tokens, features, BLOCK_T, BLOCK_F)
-    acc = tl.zeros((1, BLOCK_F, BLOCK_T), tl.float32)
-    total = tl.zeros((1, BLOCK_F, BLOCK_T), tl.float32)
+    acc = tl.zeros((PARTS_F * PARTS_T, BLOCK_F // PARTS_F, BLOCK_T // PARTS_T), tl.float32)
+    total = tl.zeros_like(acc)
     squares = tl.zeros((BLOCK_K // 8 * BLOCK_T, 2), tl.float32)
     for step in range(STEPS):
-        if GROUPS > 1:
-            column = step // PER_SPAN * SPAN + step % PER_SPAN * BLOCK_K
-            end = step // PER_SPAN * SPAN + SPAN
-        else:  # of one input or, after it, of the other
-            column = step * BLOCK_K - tl.where(step < PER_SPAN, 0, PER_SPAN * BLOCK_K - K1)
-            end = tl.where(step < PER_SPAN, K1, K)
-        w = _load_weight(weight, feature, features, column, end, K, BLOCK_F, BLOCK_K)
-        if K > K1:
-            source, stride = tl.where(column < K1, x1, x2 - K1), tl.where(column < K1, x1_stride, x2_stride)
-        else:
-            source, stride = x1, x1_stride
-        x = _load_tokens(source, stride, token, tokens, column, end, BLOCK_T, BLOCK_K)
-        if RELU2:
-            positive = tl.where(x < 0, 0.0, x)  # NaN stays
-            x = positive * positive if K == K1 else tl.where(column < K1, x, positive * positive)
+        column, end = _columns_of_step(step, K1, K, GROUPS, SPAN, BLOCK_K)
+        w = _load_weight(weight, feature, features, column, end, K, PARTS_F, BLOCK_F, BLOCK_K)
+        x = _load_input(x1, x1_stride, x2, x2_stride, token, tokens, column, end, K1, K, RELU2, BLOCK_T, BLOCK_K)
         if norm_weight is not None:
             squares += _pairs(_pairs(x * x))
-        x = tl.reshape(x, (BLOCK_K // 8, BLOCK_T, 8))
-        if norm_weight is not None:
-            columns = column + 8 * tl.arange(0, BLOCK_K // 8)[:, None, None] + tl.arange(0, 8)[None, None, :]
-            x *= tl.load(norm_weight + columns, mask=columns < end, other=0.0)
-        x = tl.reshape(tl.permute(x.to(w.dtype), (0, 2, 1)), (BLOCK_K, BLOCK_T))
-        acc = mma(w, x, acc)
+        x = _operand(x, norm_weight, column, end, w.dtype, PARTS_T, BLOCK_T, BLOCK_K)
+        acc = tl.dot(_share(w, PARTS_F, PARTS_T), _share(x, PARTS_F, PARTS_T), acc, input_precision="ieee")
         if GROUPS > 1:  # noqa: SIM102 (one condition is known to the compiler)
             if step % PER_SPAN == PER_SPAN - 1:
-                total += acc * _factor(squares, SPAN, eps, BLOCK_T)
+                total += acc * _share(_factor(squares, SPAN, eps, PARTS_T, BLOCK_T), PARTS_F, PARTS_T)
                 acc = tl.zeros_like(acc)
                 squares = tl.zeros_like(squares)
     if GROUPS > 1:
         acc = total
     elif norm_weight is not None:
-        acc *= _factor(squares, K, eps, BLOCK_T)
-    y = tl.trans(tl.reshape(acc, (BLOCK_F, BLOCK_T)))
+        acc *= _share(_factor(squares, K, eps, PARTS_T, BLOCK_T), PARTS_F, PARTS_T)
+    y = tl.reshape(acc, (PARTS_F, PARTS_T, BLOCK_F // PARTS_F, BLOCK_T // PARTS_T))
+    y = tl.reshape(tl.permute(y, (1, 3, 0, 2)), (BLOCK_T, BLOCK_F))
     _finish(out, y, bias, residual, residual_stride, token, tokens, feature, features)
 
 
@@ -223,11 +228,69 @@ def _first_of_tile(tokens, features, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexp
 
 
 @triton.jit
-def _load_weight(weight, feature, features, column, end, K: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The operand of ``mma`` [BLOCK_F, BLOCK_K] at (feature, column) of a weight [features, K]; 0 outside."""
-    rows, columns = tl.arange(0, BLOCK_F)[:, None], column + tl.arange(0, BLOCK_K)[None, :]
+def _columns_of_step(
+    step, K1: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """First column of a step, and the end of what it belongs to: a group, or one of the inputs."""
+    PER_SPAN: tl.constexpr = (SPAN + BLOCK_K - 1) // BLOCK_K
+    if GROUPS > 1:
+        column = step // PER_SPAN * SPAN + step % PER_SPAN * BLOCK_K
+        end = step // PER_SPAN * SPAN + SPAN
+    else:
+        column = step * BLOCK_K - tl.where(step < PER_SPAN, 0, PER_SPAN * BLOCK_K - K1)
+        end = tl.where(step < PER_SPAN, K1, K)
+    return column, end
+
+
+@triton.jit
+def _load_weight(
+    weight,
+    feature,
+    features,
+    column,
+    end,
+    K: tl.constexpr,
+    PARTS_F: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """An operand [PARTS_F, 1, BLOCK_F / PARTS_F, BLOCK_K] at (feature, column) of a weight [features, K]; 0 outside.
+
+    It is loaded in rank 3: a tile that gains an axis after the load would be laid out anew, and not be pipelined.
+    """
+    PART: tl.constexpr = BLOCK_F // PARTS_F
+    rows = PART * tl.arange(0, PARTS_F)[:, None, None] + tl.arange(0, PART)[None, :, None]
+    columns = column + tl.arange(0, BLOCK_K)[None, None, :]
     pointers = weight + feature.to(tl.int64) * K + (rows * K + columns)
-    return tl.load(pointers, mask=(rows < features - feature) & (columns < end), other=0.0)
+    return tl.load(pointers, mask=(rows < features - feature) & (columns < end), other=0.0)[:, None]
+
+
+@triton.jit
+def _load_input(
+    x1,
+    x1_stride,
+    x2,
+    x2_stride,
+    token,
+    tokens,
+    column,
+    end,
+    K1: tl.constexpr,
+    K: tl.constexpr,
+    RELU2: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """What ``_load_tokens`` gives of the input that the step belongs to; the last one's with relu2, if there is."""
+    if K > K1:
+        source, stride = tl.where(column < K1, x1, x2 - K1), tl.where(column < K1, x1_stride, x2_stride)
+    else:
+        source, stride = x1, x1_stride
+    x = _load_tokens(source, stride, token, tokens, column, end, BLOCK_T, BLOCK_K)
+    if RELU2:
+        positive = tl.where(x < 0, 0.0, x)  # NaN stays
+        x = positive * positive if K == K1 else tl.where(column < K1, x, positive * positive)
+    return x
 
 
 @triton.jit
@@ -244,6 +307,33 @@ def _load_tokens(source, stride, token, tokens, column, end, BLOCK_T: tl.constex
 
 
 @triton.jit
+def _operand(
+    x,
+    norm_weight,
+    column,
+    end,
+    dtype: tl.constexpr,
+    PARTS_T: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """What ``_load_tokens`` gives, times the norm's weight, rounded -> [1, PARTS_T, BLOCK_K, BLOCK_T / PARTS_T]."""
+    if norm_weight is not None:
+        x = tl.reshape(x, (BLOCK_K // 8, BLOCK_T, 8))
+        columns = column + 8 * tl.arange(0, BLOCK_K // 8)[:, None, None] + tl.arange(0, 8)[None, None, :]
+        x *= tl.load(norm_weight + columns, mask=columns < end, other=0.0)
+    x = tl.reshape(x, (BLOCK_K // 8, PARTS_T, BLOCK_T // PARTS_T, 8))
+    return tl.reshape(tl.permute(x.to(dtype), (1, 0, 3, 2)), (1, PARTS_T, BLOCK_K, BLOCK_T // PARTS_T))
+
+
+@triton.jit
+def _share(x, PARTS_F: tl.constexpr, PARTS_T: tl.constexpr):
+    """[PARTS_F or 1, PARTS_T or 1, M, N] -> [PARTS_F * PARTS_T, M, N], a part for every warp; 1: all share it."""
+    x = tl.broadcast_to(x, (PARTS_F, PARTS_T, x.shape[2], x.shape[3]))
+    return tl.reshape(x, (PARTS_F * PARTS_T, x.shape[2], x.shape[3]))
+
+
+@triton.jit
 def _pairs(x):
     """[R, C] -> [R, C / 2]: the sums of two neighbours."""
     even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
@@ -251,8 +341,9 @@ def _pairs(x):
 
 
 @triton.jit
-def _factor(squares, COUNT: tl.constexpr, eps, BLOCK_T: tl.constexpr):
-    """Sums of the squares of COUNT channels, as ``_load_tokens`` lays them out -> [1, 1, T], 1 / sqrt(mean + eps).
+def _factor(squares, COUNT: tl.constexpr, eps, PARTS_T: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Sums of the squares of COUNT channels, as ``_load_tokens`` lays them out -> 1 / sqrt(mean + eps), [1, PARTS_T, 1,
+    BLOCK_T / PARTS_T].
 
     Neighbours are added level by level. A reduction's order would follow the layout, and that the number of tokens.
     """
@@ -261,7 +352,7 @@ def _factor(squares, COUNT: tl.constexpr, eps, BLOCK_T: tl.constexpr):
     squares = tl.reshape(squares, (BLOCK_T, 2 * EIGHTS))
     for _ in tl.static_range(_log2(2 * EIGHTS)):
         squares = _pairs(squares)
-    return tl.rsqrt(tl.reshape(squares, (1, 1, BLOCK_T)) / COUNT + eps)
+    return tl.rsqrt(tl.reshape(squares, (1, PARTS_T, 1, BLOCK_T // PARTS_T)) / COUNT + eps)
 
 
 @triton.constexpr_function

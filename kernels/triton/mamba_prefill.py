@@ -169,8 +169,7 @@ def _scan_kernel(
     p, t = part * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_T)
     n = tl.arange(0, SEGMENTS)[:, None, None] * SEGMENT + tl.arange(0, SEGMENT)[None, None, :]
     in_head, in_state = p < HEAD_DIM, n < STATE
-    x_channel = head * HEAD_DIM + p
-    b_channel = INNER + head // SHARED * STATE + n
+    x_channel, b_channel = head * HEAD_DIM + p, INNER + head // SHARED * STATE + n
     c_channel = b_channel + GROUPS * STATE
     skip = tl.load(d + head)
 
@@ -186,8 +185,7 @@ def _scan_kernel(
         dt, total, whole = tl.load(step + t), tl.load(step + BLOCK_T + t), tl.load(step + (2 * BLOCK_T - 1))
 
         at = mixed + token * CHANNELS
-        in_segment = valid[None, :, None] & in_state
-        c_high, c_low = _load_pair(at[None, :, None] + c_channel, low_offset, in_segment)
+        c_high, c_low = _load_pair(at[None, :, None] + c_channel, low_offset, valid[None, :, None] & in_state)
         h_high, h_low = _split(h)
         sums = tl.zeros([SEGMENTS, BLOCK_P, BLOCK_T], tl.float32)
         sums = _product(h_high, h_low, tl.permute(c_high, (0, 2, 1)), tl.permute(c_low, (0, 2, 1)), sums)
@@ -201,7 +199,7 @@ def _scan_kernel(
         x = x_high.to(tl.float32) + x_low.to(tl.float32)
         y += _product(w_high, w_low, x_high, x_low, tl.zeros([BLOCK_T, BLOCK_P], tl.float32)) + x * skip
 
-        b_high, b_low = _load_pair(at[None, :, None] + b_channel, low_offset, in_segment)
+        b_high, b_low = _load_pair(at[None, :, None] + b_channel, low_offset, valid[None, :, None] & in_state)
         s_high, s_low = _split(tl.trans(x * (dt * tl.exp(whole - total))[:, None]))
         s_high, s_low = _for_each(s_high, SEGMENTS), _for_each(s_low, SEGMENTS)
         added = _product(s_high, s_low, b_high, b_low, tl.zeros([SEGMENTS, BLOCK_P, SEGMENT], tl.float32))

@@ -1,0 +1,38 @@
+"""The checked-in table against what the kernels compile to now, and the bars the kernels must reach.
+
+After a wanted change: ``python -m headrace.kernels.lab.table --update``, and look at the diff.
+"""
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from headrace.kernels.lab import table
+from headrace.kernels.lab.cases import collect
+
+CASES = collect()
+STORED = table.read()
+
+
+def test_every_case_is_stored():
+    assert triton.__version__ == table.NEWEST, "the table is of another Triton"
+    for version in (table.NEWEST, table.OLDEST):
+        assert sorted(STORED[version]) == sorted(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_newest_triton(name):
+    found = table.build([CASES[name]], count=True)
+    assert not (changed := table.differences({name: STORED[table.NEWEST].get(name, {})}, found)), "\n".join(changed)
+    missed = [
+        problem
+        for arch, row in found[name].items()
+        for problem in table.problems(CASES[name], int(arch.removeprefix("sm_")), row)
+    ]
+    assert not missed, "\n".join(missed)
+
+
+@pytest.mark.timeout(900)
+def test_oldest_triton():
+    changed = table.differences(STORED[table.OLDEST], table.build_with(table.OLDEST))
+    assert not changed, "\n".join(changed)
