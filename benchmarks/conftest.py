@@ -39,9 +39,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def device_name() -> str:
-    """The accelerator if there is one, else the processor."""
-    if torch.cuda.is_available():
+def device_name(kind: str = "cuda") -> str:
+    """The accelerator if there is one and ``kind`` is not "cpu", else the processor."""
+    if kind == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []

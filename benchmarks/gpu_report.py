@@ -1,7 +1,8 @@
 """What only a GPU can tell, in one command: ``python -m benchmarks.gpu_report``.
 
-Compares every op with its reference, times every op with a cold L2 against the copy bandwidth measured in the same run,
-runs the engine, and writes a report with the device's name and the commit. ``--device cpu`` goes the same way with the
+Compares the ops of a step with their references, times them with a cold L2 against the copy bandwidth measured in the
+same run, runs the engine, and writes a report with the device's name and the commit; the exit status says if an op is
+wrong. ``--device cpu`` goes the same way with the
 references at an eighth of the sizes: good for trying the report itself.
 """
 
@@ -26,7 +27,9 @@ from headrace.kernels import select
 
 BATCHES = (1, 8, 32, 128)
 PROMPTS = (256, 2048)
-FLUSH_BYTES = 1 << 29  # more than any L2
+FLUSH_BYTES = 1 << 29
+LIMITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""Largest error that rounding explains: prompts scan in pairs of bf16, bf16 weights round their activations too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,7 @@ class Timer:
 
     device: torch.device
     rounds: int
+    flush: Tensor  # larger than any L2; reading it leaves no line that has still to be written back
 
     def __call__(self, run: Callable[[], object]) -> float:
         run()  # compiles
@@ -45,7 +49,7 @@ class Timer:
             start = time.perf_counter()
             run()
             return time.perf_counter() - start
-        torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.device).zero_()
+        self.flush.sum()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore
         torch.cuda.synchronize()
         torch.cuda._sleep(2_000_000)  # the launches queue up behind it, so that the host's time is not counted
@@ -71,13 +75,18 @@ def outputs(work: Work) -> list[Tensor]:
 
 
 def error(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference relative to the root mean square of what it should be."""
-    worst = 0.0
+    """The largest difference relative to the root mean square of what it should be; NaN where there is one.
+
+    Raises ValueError if shapes differ.
+    """
+    worst = [0.0]
     for a, e in zip(actual, expected, strict=True):
+        if a.shape != e.shape:
+            raise ValueError(f"shape {tuple(a.shape)}, expected {tuple(e.shape)}")
         if e.numel():
             scale = e.square().mean().sqrt().clamp(min=1e-30)
-            worst = max(worst, float((a - e).abs().max() / scale))
-    return worst
+            worst.append(float((a - e).abs().max() / scale))
+    return float(torch.tensor(worst).max())  # torch's max hands a NaN on, Python's does not
 
 
 def compared(device: torch.device, backend: str) -> Iterator[tuple[str, ...]]:
@@ -87,8 +96,12 @@ def compared(device: torch.device, backend: str) -> Iterator[tuple[str, ...]]:
         theirs = Bench(select("reference"), torch.device("cpu"), dtype, EIGHTH)
         for group, ops, rows in (("decode", DECODE, 7), ("prompt", PROMPT, 300)):
             for name, make in ops.items():
-                worst = error(outputs(make(ours, rows)), outputs(make(theirs, rows)))
-                yield group, name, str(dtype).removeprefix("torch."), f"{worst:.1e}"
+                try:
+                    worst = error(outputs(make(ours, rows)), outputs(make(theirs, rows)))
+                    found = f"{worst:.1e}", "ok" if worst <= LIMITS[dtype] else "WRONG"
+                except Exception as failure:  # the other rows are worth having
+                    found = f"{type(failure).__name__}: {failure}".replace("\n", " ")[:120], "FAILED"
+                yield group, name, str(dtype).removeprefix("torch."), *found
 
 
 def timed(bench: Bench, timer: Timer, bandwidth: float) -> Iterator[tuple[str, ...]]:
@@ -99,11 +112,15 @@ def timed(bench: Bench, timer: Timer, bandwidth: float) -> Iterator[tuple[str, .
     for group, ops, sizes in (("decode", DECODE | long, batches), ("prompt", PROMPT, prompts)):
         for name, make in ops.items():
             for rows in sizes:
-                work = make(bench, rows)
-                seconds = timer(work.run)
-                rate = work.minimum_bytes / seconds
-                yield group, name, str(rows), f"{seconds * 1e6:.1f}", f"{rate / 1e9:.0f}", f"{rate / bandwidth:.2f}"
-                del work
+                try:
+                    work = make(bench, rows)
+                    seconds = timer(work.run)
+                    rate = work.minimum_bytes / seconds
+                    found = f"{seconds * 1e6:.1f}", f"{rate / 1e9:.0f}", f"{rate / bandwidth:.2f}"
+                except Exception as failure:
+                    found = f"{type(failure).__name__}: {failure}".replace("\n", " ")[:120], "", ""
+                yield group, name, str(rows), *found
+                work = None  # its memory goes before the next one's comes
 
 
 def engine_runs(config: EngineConfig) -> Iterator[tuple[str, ...]]:
@@ -140,33 +157,31 @@ def markdown(header: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def report(device: torch.device, backend: str) -> str:
-    """The whole report as markdown."""
+def report(device: torch.device, backend: str) -> Iterator[str]:
+    """The report's sections as markdown, as they are done."""
     gpu = device.type == "cuda"
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
-    timer = Timer(device, 20 if gpu else 3)
+    timer = Timer(device, 20 if gpu else 3, torch.ones(FLUSH_BYTES if gpu else 1, dtype=torch.uint8, device=device))
     bench = Bench(select(backend), device, torch.bfloat16 if gpu else torch.float32, SUPER if gpu else EIGHTH)
     bandwidth = copy_bandwidth(timer)
-    sizes = "Super's sizes" if gpu else "an eighth of Super's sizes"
-    heads = {
-        "Against the references": "Largest difference over the root mean square, at an eighth of the sizes.",
-        "Times": f"{sizes}, cold L2, medians of {timer.rounds}.",
-        "Engine": "The embedded model, 64 tokens a request, temperature 1; against the same requests alone.",
-    }
-    parts = [
-        f"# {device_name()}, backend {backend}",
-        f"Commit {commit}, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}, triton {triton_version()}. "
-        f"Copy bandwidth measured: {bandwidth / 1e9:.0f} GB/s. All figures below are measured.",
-        markdown(("group", "op", "weights", "error"), compared(device, backend)),
-        markdown(("group", "op", "rows", "us", "GB/s", "of copy"), timed(bench, timer, bandwidth)),
-        markdown(
-            ("requests", "tok/s", "same tokens"), engine_runs(EngineConfig(device=str(device), max_sequences=128))
-        ),
-    ]
-    titled = [f"## {title}\n{words}\n\n{part}" for (title, words), part in zip(heads.items(), parts[2:], strict=True)]
-    return "\n\n".join([*parts[:2], *titled]) + "\n"
+    yield (
+        f"# {device_name(device.type)}, backend {backend}\n\nCommit {commit}, {time.strftime('%Y-%m-%d')}, torch "
+        f"{torch.__version__}, triton {triton_version()}. Copy bandwidth measured: {bandwidth / 1e9:.0f} GB/s. All "
+        "figures below are measured."
+    )
+    yield (
+        "## Against the references\n\nLargest difference over the root mean square, at an eighth of the sizes.\n\n"
+        + (markdown(("group", "op", "weights", "error", ""), compared(device, backend)))
+    )
+    sizes = "Super's sizes" if gpu else "An eighth of Super's sizes"
+    yield f"## Times\n\n{sizes}, cold L2, medians of {timer.rounds}.\n\n" + markdown(
+        ("group", "op", "rows", "us", "GB/s", "of copy"), timed(bench, timer, bandwidth)
+    )
+    yield "## Engine\n\nThe embedded model, 64 tokens a request, temperature 1; beside the same requests alone.\n\n" + (
+        markdown(("requests", "tok/s", "same tokens"), engine_runs(EngineConfig(device=str(device), max_sequences=128)))
+    )
 
 
 def triton_version() -> str:
@@ -184,13 +199,19 @@ def main(
 ) -> None:
     """Write the report."""
     chosen = torch.device(device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("torch sees no CUDA device; --device cpu tries the report with the references")
-    text = report(chosen, "triton" if chosen.type == "cuda" else "reference")
-    name = "".join(c if c.isalnum() else "-" for c in device_name().lower()).strip("-")
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise typer.BadParameter("torch sees no CUDA device; --device cpu tries the report with the references")
+        torch.cuda.set_device(chosen)
+    name = "".join(c if c.isalnum() else "-" for c in device_name(chosen.type).lower()).strip("-")
     path = out or ROOT / "benchmarks" / "results" / f"{time.strftime('%Y-%m-%d')}-{name}.md"
-    path.write_text(text)
+    sections: list[str] = []
+    for section in report(chosen, "triton" if chosen.type == "cuda" else "reference"):
+        sections.append(section)
+        path.write_text("\n\n".join(sections) + "\n")  # what is known so far, should the next section not end well
     print(f"wrote {path}")
+    if any("WRONG" in section or "FAILED" in section for section in sections):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

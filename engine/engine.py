@@ -411,7 +411,18 @@ def cache_sizes(model: ModelConfig, config: EngineConfig, device: Device) -> Cac
         max_context=config.max_context,
         num_pages=config.num_pages,
         cache_bytes=config.cache_bytes,
+        step_bytes=step_bytes(model, config),
     )
+
+
+def step_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """What a step's tensors take on a GPU at most: activations of its rows, logits and scratch of its slots."""
+    chunk = config.max_batched_tokens or config.prefill_chunk + config.max_sequences
+    widest = max(model.mamba.projection_size if model.mamba else 0, 8 * model.hidden_size)
+    # Logits are 4 bytes a token of the vocabulary, the sampler's lists 8; attention leaves 72 partial sums a head.
+    attention = 72 * 4 * model.attention.num_heads * (model.attention.head_dim + 2) if model.attention else 0
+    moe = 4 * 8 * model.moe.top_k * (model.moe.latent_size or model.hidden_size) if model.moe else 0
+    return config.max_sequences * (12 * model.vocab_size + attention) + chunk * (4 * 4 * widest + moe)
 
 
 def scheduler_limits(config: EngineConfig, sizes: CacheSizes, model: ModelConfig) -> scheduling.Limits:

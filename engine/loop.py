@@ -19,6 +19,7 @@ import numpy as np
 from headrace.engine.errors import EngineClosed, EngineFailed, QueueFull
 from headrace.engine.reasoning import BudgetMachine
 from headrace.engine.request import Mask
+from headrace.engine.run.device import DeviceLost
 from headrace.engine.schedule.plan import StepPlan, StepResult
 from headrace.engine.schedule.scheduler import Outcome, Scheduler
 from headrace.engine.schedule.sequence import Sequence
@@ -228,6 +229,8 @@ class EngineLoop:
             if self._masks:
                 plan = self._with_masks(plan)
             result = self._runner.execute(plan)
+        except DeviceLost:  # no other step can succeed: the engine has failed
+            raise
         except Exception as error:  # a kernel failed: its step is lost, the engine goes on
             logger.exception("step %d failed", plan.number)
             for sequence in self._scheduler.fail_step():

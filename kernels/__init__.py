@@ -55,11 +55,14 @@ BACKENDS = {"reference": "headrace.kernels", "triton": "headrace.kernels.triton"
 
 
 def select(backend: str = "reference") -> Kernels:
-    """The backend's ops. Raises ValueError for an unknown backend, ImportError where its needs are not installed."""
+    """The backend's ops. Raises ValueError for an unknown backend, or one whose needs are not installed."""
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
 
     def module(op: str) -> ModuleType:
-        return import_module(f"{BACKENDS[backend]}.{MODULES[op]}")
+        try:
+            return import_module(f"{BACKENDS[backend]}.{MODULES[op]}")
+        except ModuleNotFoundError as error:
+            raise ValueError(f"backend {backend!r} needs the package {error.name!r}, which is not installed") from error
 
     return Kernels(**{field.name: getattr(module(field.name), field.name) for field in fields(Kernels)})

@@ -134,7 +134,9 @@ def _ssm_update(
     dt = softplus(dt + weights.dt_bias)
     b, c = (t.repeat_interleave(shared, 1)[:, :, None, :] for t in (b, c))
     decay = torch.exp(dt * weights.a)[..., None, None]
-    h = state.index_select(0, slots).masked_fill((positions == 0)[:, None, None, None], 0.0)
+    h = state.index_select(0, slots)
+    if (positions == 0).any():
+        h = h.masked_fill((positions == 0)[:, None, None, None], 0.0)
     h = h * decay + (x * dt[..., None])[..., None] * b
     state.index_copy_(0, slots, h)
     return (h * c).sum(-1) + x * weights.d[:, None]

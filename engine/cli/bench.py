@@ -37,7 +37,7 @@ def bench(
         command = ["pytest", "-q", target, "--benchmark-enable", "--benchmark-quiet", "--rows", str(file)]
         status = _run(root, *command, *(["-k", select] if select else []))
         if status == 5:  # pytest's word for it
-            raise UserError(f"no benchmark of {suite} matches {select!r}")
+            raise UserError(f"no benchmark of {suite}" + (f" matches {select!r}" if select else ""))
         if status:
             return status
         return _run(root, "benchmarks.show", str(file), *(["--plot", str(plot.resolve())] if plot else []))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from torch import Tensor
 from headrace.kernels import Kernels
 from headrace.kernels.norm import Norm
 
-Weights = Mapping[str, Tensor]
-"""Tensors by name, as ``weights.names`` lists them."""
+Weights = MutableMapping[str, Tensor]
+"""Tensors by name, as ``weights.names`` lists them. Experts, most of a model, are taken out as they are packed."""
 
 
 class Linear:

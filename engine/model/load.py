@@ -19,5 +19,5 @@ def load_model(
 
     progress: show a bar on stderr. Raises ConfigError or CheckpointError.
     """
-    config = ModelConfig.load(path)
-    return NemotronH(config, load_weights(path, config, device=device, progress=progress), select(backend))
+    config, kernels = ModelConfig.load(path), select(backend)
+    return NemotronH(config, load_weights(path, config, device=device, progress=progress), kernels)

@@ -88,7 +88,7 @@ class AttentionLayer:
         pages, table, scale = Pages(caches.keys[self.index], caches.values[self.index]), batch.page_table, self.scale
         width = self.config.head_dim
         q, k, v = (
-            part.view(part.shape[0], -1, width)
+            part.view(part.shape[0], part.shape[1] // width, width)
             for part in torch.split(self.qkv_proj(x, norm=self.norm), self.qkv_proj.sizes, 1)
         )
         parts = []
@@ -113,7 +113,10 @@ class MoELayer:
         self.norm, self.kernels, self.latent = norm, kernels, config.latent_size is not None
         self.routing = Routing(config.top_k, config.num_groups, config.topk_groups, config.normalise, config.scale)
         self.selection_bias = weights[f"{name}.gate.e_score_correction_bias"].float()
-        self.experts = kernels.pack_experts(weights[f"{name}.experts.up_proj"], weights[f"{name}.experts.down_proj"])
+        # Popped: packed and unpacked experts of more than one layer at a time would not fit beside each other.
+        self.experts = kernels.pack_experts(
+            weights.pop(f"{name}.experts.up_proj"), weights.pop(f"{name}.experts.down_proj")
+        )
         first = [f"{name}.gate", f"{name}.shared_experts.up_proj"]
         last = [f"{name}.shared_experts.down_proj"]
         if self.latent:

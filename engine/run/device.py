@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 
+class DeviceLost(RuntimeError):
+    """The device answers nothing any more: after an illegal access, say, every later call fails too."""
+
+
 class Device:
     """ "cpu", or a CUDA device with a stream of the engine's own.
 
@@ -22,6 +26,8 @@ class Device:
     def __init__(self, name: str) -> None:
         self.torch = torch.device(name)
         self.cuda = self.torch.type == "cuda"
+        if self.cuda and self.torch.index is None and torch.cuda.is_available():
+            self.torch = torch.device("cuda", torch.cuda.current_device())  # the engine's thread has its own "current"
         if self.cuda and not torch.cuda.is_available():
             raise ValueError(f"device {name!r} is not there: torch {torch.__version__} sees no CUDA device")
         if self.cuda and (self.torch.index or 0) >= torch.cuda.device_count():
@@ -69,6 +75,13 @@ class Device:
         """Until everything queued so far is done."""
         if self._stream is not None:
             self._stream.synchronize()
+
+    def check(self) -> None:
+        """After a failure: raises DeviceLost unless the device still works."""
+        try:
+            self.wait()
+        except RuntimeError as error:
+            raise DeviceLost(f"the device {self.torch} is lost: {error}") from error
 
     def available_bytes(self) -> int:
         """Memory that could still be taken."""

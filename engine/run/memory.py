@@ -47,11 +47,12 @@ def plan_caches(
     max_context: int | None = None,
     num_pages: int | None = None,
     cache_bytes: int | None = None,
+    step_bytes: int = 0,
 ) -> CacheSizes:
     """Sizes for caches like ``one`` (one page, one slot). Raises ValueError naming the option that cannot be met.
 
     Without ``num_pages`` the pages take at most ``cache_bytes`` (default: CACHE_SHARE of the available memory) and
-    never more than all slots could fill.
+    never more than all slots could fill. ``step_bytes`` is what a step takes beside the caches, at most.
     """
     page_bytes, slot_bytes = unit_bytes(one)
     available = device.available_bytes()
@@ -65,7 +66,7 @@ def plan_caches(
     context = max_context or model_context
     if num_pages is None:
         useful = num_slots * -(-context // page_size)
-        rest = available - num_slots * slot_bytes if device.cuda else available
+        rest = max(0, available - num_slots * slot_bytes - step_bytes) if device.cuda else available
         budget = int(rest * CACHE_SHARE[device.torch.type]) if cache_bytes is None else cache_bytes
         num_pages = min(useful, budget // page_bytes) if page_bytes else useful
         if num_pages * page_size < 2:

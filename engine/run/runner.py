@@ -46,7 +46,8 @@ class Runner:
         self.device = device
         self.state = SamplerState.allocate(sizes.num_slots, device.torch)
         # One page more than a context needs: a plan made ahead of a result may point one token past the end.
-        width = -(-sizes.max_context // sizes.page_size) + 1
+        # A multiple of 4, so that every slot's row is aligned alike and kernels are compiled once.
+        width = -(-(sizes.max_context // sizes.page_size + 2) // 4) * 4
         self.page_table = torch.zeros(sizes.num_slots, width, dtype=torch.int32, device=device.torch)
         # Decode steps of one size find their integers at the same addresses: slots, rows and a page write for each.
         self._integers = torch.empty(5 * sizes.num_slots, dtype=torch.int64, device=device.torch)
@@ -56,14 +57,19 @@ class Runner:
     def execute(self, plan: StepPlan) -> StepResult:
         """Carry out one plan and wait for its tokens.
 
-        Raises whatever the model raises; the caller then treats the running batch as lost.
+        Raises whatever the model raises; the caller then treats the running batch as lost. Raises DeviceLost if no
+        further step can be carried out either.
         """
-        with torch.inference_mode(), self.device.work():
-            decided = self._launch(plan)
-            if decided is None:
-                return StepResult(NO_TOKENS, NO_TOKENS, NO_TOKENS)
-            copies = [None if t is None else self.device.download(t) for t in decided]
-        self.device.wait()
+        try:
+            with torch.inference_mode(), self.device.work():
+                decided = self._launch(plan)
+                copies = [None if t is None else self.device.download(t) for t in decided or ()]
+            self.device.wait()
+        except Exception:
+            self.device.check()
+            raise
+        if decided is None:
+            return StepResult(NO_TOKENS, NO_TOKENS, NO_TOKENS)
         return StepResult(*(None if copy is None else copy.numpy() for copy in copies))  # type: ignore[arg-type]
 
     def _launch(self, plan: StepPlan) -> tuple[Tensor | None, ...] | None:
@@ -81,14 +87,20 @@ class Runner:
 
     def inputs(self, plan: StepPlan) -> tuple[Batch, Tensor]:
         """The plan's rows as tensors, and the slots [R] of the rows that yield a token. Brings the page table up."""
-        decodes, last = len(plan.decode_slots), [c.slot for c in plan.chunks if c.last]
-        ends = decodes + np.cumsum([c.length for c in plan.chunks], dtype=np.int64)
-        rows = np.concatenate([np.arange(decodes), ends[[c.last for c in plan.chunks]] - 1])
+        decodes, sampled = len(plan.decode_slots), [plan.decode_slots]
+        rows = np.arange(decodes + len(plan.chunks))  # of a decode step all rows; else, the chunks' last ones below
+        end, count = decodes, decodes
+        for chunk in plan.chunks:
+            end += chunk.length
+            if chunk.last:
+                sampled.append(np.array([chunk.slot]))
+                rows[count] = end - 1
+                count += 1
         # A row crosses into at most one page a step; the writes are filled up, so that shapes follow the rows alone.
         filled = np.full((max(len(plan.page_writes), decodes), 3), NO_WRITE, np.int64)
         filled[: len(plan.page_writes)] = plan.page_writes
         slots, sample_rows, page_writes = self.device.upload(
-            [np.concatenate([plan.decode_slots, np.array(last, np.int64)]), rows, filled], self._integers
+            [np.concatenate(sampled), rows[:count], filled], self._integers
         )
         prompts = [self._prompts[c.slot][c.start : c.start + c.length] for c in plan.chunks]
         token_ids, positions = self.kernels.step_inputs(

@@ -88,7 +88,7 @@ class Compiled:
     @functools.cached_property
     def sass(self) -> str:
         """The machine code as text."""
-        return self._tool("nvdisasm", "-c")
+        return self._tool("nvdisasm", "-c", "-ndf")  # no data-flow analysis, which takes most of the time
 
     def report(self) -> Resources:
         return self._resources
@@ -118,11 +118,11 @@ class Compiled:
             opcodes=opcodes,
         )
 
-    def _tool(self, tool: str, flag: str) -> str:
+    def _tool(self, tool: str, *flags: str) -> str:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.cubin)
             file.flush()
-            command = [str(TOOLS / tool), flag, file.name]
+            command = [str(TOOLS / tool), *flags, file.name]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

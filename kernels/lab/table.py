@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,12 @@ def measure(case: Case, arch: int, *, count: bool) -> Row:
         launches.append(row)
 
     operation = case.make()
-    with divert(arch, receive):
-        operation()
+    try:
+        with divert(arch, receive):
+            operation()
+    except Exception as error:
+        error.add_note(f"in case {case.name!r} on sm_{arch}")
+        raise
     row: Row = {"launches": launches}
     if counted and case.minimum_bytes is not None:
         row["moved"] = round(moved)
@@ -110,6 +115,16 @@ def problems(case: Case, arch: int, row: Row) -> list[str]:
     if row.get("ratio", 0) > case.most_bytes:
         found.append(f"{case.name}, sm_{arch}: moves {row['ratio']} of the least bytes, more than {case.most_bytes}")
     return found
+
+
+def missed_bars(chosen: Iterable[Case], rows: Rows) -> list[str]:
+    """``problems`` of all rows. The newest Triton's must be none; the oldest's are worth knowing."""
+    return [
+        problem
+        for case in chosen
+        for arch, row in rows[case.name].items()
+        for problem in problems(case, int(arch.removeprefix("sm_")), row)
+    ]
 
 
 def build(chosen: Iterable[Case], *, count: bool, archs: Sequence[int] | None = None) -> Rows:
@@ -232,12 +247,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"triton": triton.__version__, "rows": build(chosen, count=False)}))
         return 0
     names = [case.name for case in chosen]
-    found = {NEWEST: build(chosen, count=True), OLDEST: build_with(OLDEST, names if options.case else ())}
-    stored = read()
-    failed = [line for case in chosen for arch, row in found[NEWEST][case.name].items() for line in
-              problems(case, int(arch.removeprefix("sm_")), row)]  # fmt: skip
+    with ThreadPoolExecutor(1) as background:
+        oldest = background.submit(build_with, OLDEST, names if options.case else ())
+        found = {NEWEST: build(chosen, count=True), OLDEST: oldest.result()}
+    stored, failed = read(), []
     for version, rows in found.items():
-        before = {name: rows for name, rows in stored.get(version, {}).items() if not options.case or name in names}
+        missed = [f"triton {version}: {line}" for line in missed_bars(chosen, rows)]
+        print(*missed, sep="\n", end="\n" if missed else "")
+        failed += missed if version == NEWEST else []
+    for version, rows in found.items():
+        before = {name: row for name, row in stored.get(version, {}).items() if not options.case or name in names}
         print("\n".join(f"triton {version}: {line}" for line in differences(before, rows)) or f"triton {version}: same")
         failed += [] if options.update or before == rows else [f"triton {version}: differs from {TABLE.name}"]
         if options.update:
@@ -245,7 +264,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stored[version] = {**kept, **rows}
     if options.update:
         write(stored)
-    print("\n".join(failed))
     return 1 if failed else 0
 
 

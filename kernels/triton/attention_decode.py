@@ -19,7 +19,9 @@ from headrace.kernels.triton.attention_softmax import (
     Tiles,
     attend,
     checked,
-    flat_sums,
+    indices,
+    keys_shape,
+    last_axis,
     load_keys,
     load_queries,
     make_tiles,
@@ -53,7 +55,8 @@ MOST_PAIRS = 64
 def decode_tiles(pairs: int, pages: Pages, arch: int) -> Tiles:
     """For ``pairs`` of (new row, query head) per kv head."""
     queries = max(16, triton.next_power_of_2(pairs))
-    return make_tiles(queries, 64, num_warps=4 if queries <= 32 else 8, pages=pages, arch=arch)
+    shape = (queries,) if queries <= 32 else (queries // 16, 16)
+    return make_tiles(shape, 64, num_warps=4, pages=pages, arch=arch)
 
 
 def decode_attention(
@@ -173,15 +176,16 @@ def _decode(
         write_rows(k, new, k_strides[0], keys, at, row_width, mine, k_scale, WIDTH)
         write_rows(v, new, v_strides[0], values, at, row_width, mine, v_scale, WIDTH)
         tl.debug_barrier()
-    pair = tl.arange(0, QUERIES)
+    pair = indices(QUERIES)
     q += row * q_strides[0] + head * GROUP * q_strides[1]
     offsets = pair // GROUP * q_strides[0] + pair % GROUP * q_strides[1]
     queries = load_queries(q, offsets, pair < ROWS * GROUP, keys, WIDTH)
     own = tl.minimum(first + pair // GROUP, last)
-    sums = _walk(queries, (keys, values, table, row_width), part, own, last, factor, WIDTH, PAGE, KEYS, SEGMENT, PARTS)
+    pages = keys, values, table, row_width
+    sums = _walk(queries, pages, part, own, last, factor, WIDTH, PAGE, QUERIES, KEYS, SEGMENT, PARTS)
     out += (row * tl.num_programs(1) + head) * GROUP * WIDTH
     place, parts = sequence * tl.num_programs(1) + head, tl.minimum(last // SEGMENT + 1, PARTS)
-    _finish(out, partial, stats, arrived, place, part, parts, sums, v_scale, ROWS * GROUP, GROUP, WIDTH, FAN)
+    _finish(out, partial, stats, arrived, place, part, parts, sums, v_scale, ROWS * GROUP, GROUP, WIDTH, QUERIES, FAN)
 
 
 @triton.jit
@@ -200,6 +204,7 @@ def _walk(
     factor,
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
+    QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     SEGMENT: tl.constexpr,
     PARTS: tl.constexpr,
@@ -207,21 +212,22 @@ def _walk(
     """The softmax's sums over the part's segments, in order."""
     keys, values, table, row_width = pages
     STEPS: tl.constexpr = SEGMENT // KEYS
+    TILE: tl.constexpr = keys_shape(QUERIES, KEYS)
     BETWEEN: tl.constexpr = (PARTS - 1) * SEGMENT  # tokens of other parts between two segments
     steps = ((last // SEGMENT - part) // PARTS + 1) * STEPS
     if _is_part_of(part, last, SEGMENT, PARTS):  # of the last segment, only as much as there is
         steps -= (SEGMENT - 1 - last % SEGMENT) // KEYS
-    peak, mass, acc = no_sums(queries.shape[1], WIDTH)
-    token = part * SEGMENT + tl.arange(0, KEYS)
-    rows = page_rows(table, token, last, PAGE)
+    peak, mass, acc = no_sums(QUERIES, WIDTH)
+    first, inside = part * SEGMENT, indices(TILE)
+    rows = page_rows(table, first + inside, last, PAGE)
     for step in range(1, steps + 1):
-        key, value = load_keys(keys, values, rows, row_width, token <= last, WIDTH)
-        visible = token[None, None, :] <= own[None, :, None]
+        key, value = load_keys(keys, values, rows, row_width, first + inside <= last, WIDTH)
+        visible = tl.expand_dims(inside, -2) <= last_axis(own - first)
         # Where the next tile lies is looked up one step ahead, so that its loads wait for nothing.
-        token = part * SEGMENT + step * KEYS + step // STEPS * BETWEEN + tl.arange(0, KEYS)
-        rows = page_rows(table, token, last, PAGE)
+        first = part * SEGMENT + step * KEYS + step // STEPS * BETWEEN
+        rows = page_rows(table, first + inside, last, PAGE)
         peak, mass, acc = attend(queries, key, value, visible, factor, peak, mass, acc)
-    return flat_sums(peak, mass, acc)
+    return peak, mass, acc
 
 
 @triton.jit
@@ -238,25 +244,27 @@ def _finish(
     PAIRS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,
     FAN: tl.constexpr,
 ):
     """Leave the part's sums to whom ends last: of its group of parts, then of the groups.
 
     Scratch per (sequence, kv head): the parts' sums, then the groups'; a counter per group, then one for all.
     """
+    STEP: tl.constexpr = 16 if len(QUERIES) == 1 else 8  # the walk of a tile of rank 2 leaves more registers
     bound, bound_groups = tl.num_programs(0), tl.cdiv(tl.num_programs(0), FAN)
     arrived += place * (bound_groups + 1)
     place *= bound + bound_groups
     group, groups = part // FAN, tl.cdiv(parts, FAN)
     row_stride = tl.num_programs(1) * GROUP * WIDTH
-    _put_sums(partial, stats, place + part, tl.arange(0, sums[0].shape[0]), sums, PAIRS, WIDTH)
+    _put_sums(partial, stats, place + part, indices(QUERIES), sums, PAIRS, WIDTH)
     first, count = place + group * FAN, tl.minimum(parts - group * FAN, FAN)
     mine = last_to_arrive(arrived + group, count)
     levels = tl.where(groups > 1, 2, 1)
     for level in range(0, levels):
         if mine:
-            for some in range(0, PAIRS, 16):
-                pair = some + tl.arange(0, 16)
+            for some in range(0, PAIRS, STEP):
+                pair = some + tl.arange(0, STEP)
                 total = _add_sums(partial, stats, first, count, pair, PAIRS, WIDTH, FAN)
                 if level == levels - 1:
                     store_means(out, row_stride, pair, PAIRS, total, v_scale, GROUP, WIDTH)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,8 @@ from headrace.kernels.triton.attention_softmax import (
     Tiles,
     attend,
     checked,
-    flat_sums,
+    indices,
+    last_axis,
     load_keys,
     load_queries,
     make_tiles,
@@ -29,7 +32,7 @@ APPENDED = 16
 
 def prefill_tiles(pages: Pages, arch: int) -> Tiles:
     """One shape for all chunks: twice the queries or the keys spill registers."""
-    return make_tiles(queries=64, keys=32, num_warps=8, pages=pages, arch=arch)
+    return make_tiles(queries=(4, 16), keys=32 if pages.keys.dtype == torch.float8_e4m3fn else 64, num_warps=4, pages=pages, arch=arch)
 
 
 def prefill_attention(
@@ -54,7 +57,7 @@ def prefill_attention(
         num_stages=1,
         enable_fp_fusion=False,
     )
-    _prefill[triton.cdiv(length * group, tiles.queries), kv_heads](
+    _prefill[triton.cdiv(length * group, math.prod(tiles.queries)), kv_heads](
         *(q, out, pages.keys, pages.values, *where, strides[0], score_factor(scale, pages), pages.v_scale),
         GROUP=group,
         WIDTH=width,
@@ -116,22 +119,20 @@ def _prefill(
     """Program (QUERIES pairs of (token, head of the group), kv head), over the keys up to the tile's last token."""
     head, row_width = tl.program_id(1), tl.num_programs(1) * WIDTH
     # The tiles with the longest context start first.
-    pair = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES + tl.arange(0, QUERIES)
+    pair = (tl.num_programs(0) - 1 - tl.program_id(0)) * (QUERIES[0] * QUERIES[1]) + indices(QUERIES)
     offsets = pair // GROUP * q_strides[0] + (head * GROUP + pair % GROUP) * q_strides[1]
     queries = load_queries(q, offsets, pair < length * GROUP, keys, WIDTH)
     own = start + tl.minimum(pair // GROUP, length - 1)
-    last = tl.max(own, 0)
+    last = tl.max(own)
     keys, values = keys + head * WIDTH, values + head * WIDTH
     peak, mass, acc = no_sums(QUERIES, WIDTH)
-    token = tl.arange(0, KEYS)
-    rows = page_rows(table, token, last, PAGE)
-    for _ in range(0, last // KEYS + 1):
-        key, value = load_keys(keys, values, rows, row_width, token <= last, WIDTH)
-        visible = token[None, None, :] <= own[None, :, None]
+    inside = indices((1, KEYS))
+    rows = page_rows(table, inside, last, PAGE)
+    for first in range(0, last + 1, KEYS):
+        key, value = load_keys(keys, values, rows, row_width, first + inside <= last, WIDTH)
+        visible = tl.expand_dims(inside, -2) <= last_axis(own - first)
         # Where the next tile lies is looked up one step ahead, so that its loads wait for nothing.
-        token += KEYS
-        rows = page_rows(table, token, last, PAGE)
+        rows = page_rows(table, first + KEYS + inside, last, PAGE)
         peak, mass, acc = attend(queries, key, value, visible, factor, peak, mass, acc)
     out += head * GROUP * WIDTH
-    sums = flat_sums(peak, mass, acc)
-    store_means(out, row_width * GROUP, pair, length * GROUP, sums, v_scale, GROUP, WIDTH)
+    store_means(out, row_width * GROUP, pair, length * GROUP, (peak, mass, acc), v_scale, GROUP, WIDTH)

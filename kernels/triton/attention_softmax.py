@@ -5,8 +5,11 @@ share it. Their number may follow the batch, because no sum depends on a layout 
 (P times ones) are dots, whose order is that of K, and maxima have no order. Tiles of keys start at absolute multiples
 of their length, and keys beyond a query's own position change nothing: p = 0, and sums shrink by 2^0.
 
-Dots are of rank 3 (see ``common.mma``), and so are the tiles from the load on: a tile that gains its axis after the
-load is not copied to shared memory asynchronously.
+Up to 32 queries are a tile of rank 2, of which the warps share the keys (scores) and the channels (P V). More are of
+rank 3, [warps, queries of a warp, ...]: each warp has rows of its own and reads all keys (see ``common.warps_mma``).
+Both are mma.sync m16n8k16 on every architecture, in the same order of K. Tiles of keys have the rank from the load on,
+as [1, KEYS, ...]: what gains its axis after the load is not copied to shared memory asynchronously. So functions here
+take tiles of either rank, "..." in their shapes being nothing or one axis.
 
 Queries and P are rounded to the dtype of the pages, or to fp16 for fp8 pages: it holds every e4m3 number, converts in
 one instruction for two (bf16 takes two more for each), and has three bits more. So |q| must be below 65504 there.
@@ -32,19 +35,23 @@ MIN_FP8_ARCH = 89
 class Tiles:
     """Shape of a program. ``keys`` is part of the numerics: it follows from the pages' dtype alone."""
 
-    queries: int
+    queries: tuple[int, ...]  # (queries,) or (warps, queries of a warp)
     keys: int  # tokens per step of the online softmax
     num_warps: int
     num_stages: int
 
 
-def make_tiles(queries: int, keys: int, num_warps: int, pages: Pages, arch: int) -> Tiles:
+def make_tiles(queries: tuple[int, ...], keys: int, num_warps: int, pages: Pages, arch: int) -> Tiles:
     """As asked for, with as many stages as there is shared memory for."""
     if pages.keys.dtype == torch.float32:  # multiplied without tensor cores, with operands in registers
         keys = 32
-    tile = 2 * keys * padded(pages.keys.shape[3]) * pages.keys.itemsize  # bytes: keys and values
+    width = padded(pages.keys.shape[3])
+    tile = 2 * keys * width * pages.keys.itemsize  # bytes: keys and values
     # Two CTAs an SM, each with one tile less than it has stages; where that is little, a second tile for one CTA.
     shared = (112 if arch in (90, 100, 103) else 80) * 1024
+    shared -= math.prod(queries) * width * 2
+    if pages.keys.dtype == torch.float8_e4m3fn and len(queries) == 2:
+        shared -= queries[0] * keys * width * 2  # converted values; Triton stores them once for each warp
     return Tiles(queries, keys, num_warps, num_stages=1 + max(1, min(3, shared // tile)))
 
 
@@ -72,6 +79,26 @@ def padded(width):
     return max(16, triton.next_power_of_2(width))
 
 
+@triton.constexpr_function
+def keys_shape(queries, keys):
+    """Of a tile's tokens, in the rank of its queries."""
+    return (keys,) if len(queries) == 1 else (1, keys)
+
+
+@triton.constexpr_function
+def tile_shape(rows, columns):
+    return (*rows, columns)
+
+
+@triton.jit
+def indices(SHAPE: tl.constexpr):
+    """0, 1, 2, ... in row-major order; of rank 1 or 2."""
+    if len(SHAPE) == 1:
+        return tl.arange(0, SHAPE[0])
+    else:
+        return tl.arange(0, SHAPE[0])[:, None] * SHAPE[1] + tl.arange(0, SHAPE[1])[None, :]
+
+
 @triton.jit
 def page_rows(table, tokens, last, PAGE: tl.constexpr):
     """Rows of the pages, seen as one run of rows, that hold the tokens; beyond ``last`` the table is not read."""
@@ -92,15 +119,15 @@ def write_rows(new, new_rows, new_stride, memory, rows, row_width, valid, scale,
 
 @triton.jit
 def load_queries(q, offsets, valid, keys, WIDTH: tl.constexpr):
-    """Queries [1, N, padded(WIDTH)] in the dtype they are multiplied in, 0 where there is none."""
+    """Queries [..., padded(WIDTH)] at offsets [...], in the dtype they are multiplied in, 0 where there is none."""
     d = tl.arange(0, padded(WIDTH))
-    tile = tl.load(q + offsets[:, None] + d[None, :], mask=valid[:, None] & (d < WIDTH)[None, :], other=0.0)
-    return _operand(tile, keys.dtype.element_ty)[None, :, :]
+    tile = tl.load(q + last_axis(offsets) + d, mask=last_axis(valid) & (d < WIDTH), other=0.0)
+    return _operand(tile, keys.dtype.element_ty)
 
 
 @triton.jit
 def load_keys(keys, values, rows, row_width, valid, WIDTH: tl.constexpr):
-    """Keys and values [1, KEYS, padded(WIDTH)] as the pages hold them, 0 where not valid; see ``_load_rows``."""
+    """Keys and values [..., KEYS, padded(WIDTH)] of rows [..., KEYS], as the pages hold them, 0 where not valid; see ``_load_rows``."""
     COLUMNS: tl.constexpr = padded(WIDTH)
     key = _load_rows(keys, rows, row_width, valid, WIDTH, COLUMNS)
     if values.dtype.element_ty == tl.float8e4nv:
@@ -114,9 +141,9 @@ def load_keys(keys, values, rows, row_width, valid, WIDTH: tl.constexpr):
 def _load_rows(memory, rows, row_width, valid, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     """Rows of the pages. fp8 values come as words of four: as bytes they would be picked one by one from shared
     memory, across the rows, which is how the second dot wants them."""
-    d = tl.arange(0, COLUMNS)[None, None, :]
-    at = (rows.to(tl.int64) * row_width)[None, :, None] + d
-    return tl.load(memory + at, mask=valid[None, :, None] & (d < WIDTH), other=0.0)
+    d = tl.arange(0, COLUMNS)
+    at = last_axis(rows.to(tl.int64) * row_width) + d
+    return tl.load(memory + at, mask=last_axis(valid) & (d < WIDTH), other=0.0)
 
 
 @triton.jit
@@ -130,10 +157,13 @@ def _operand(tile, stored: tl.constexpr):
 
 @triton.jit
 def _unpacked(words):
-    """The four e4m3 numbers of every word, the lowest byte first: [1, N, words] int32 -> [1, N, 4 * words] fp16."""
+    """The four e4m3 numbers of every word, the lowest byte first: [..., words] int32 -> [..., 4 * words] fp16."""
     even = tl.join(_byte(words, 0), _byte(words, 2))
     odd = tl.join(_byte(words, 1), _byte(words, 3))
-    return tl.reshape(tl.join(even, odd), (1, words.shape[1], 4 * words.shape[2]))
+    if len(words.shape) == 2:
+        return tl.reshape(tl.join(even, odd), (words.shape[0], 4 * words.shape[1]))
+    else:
+        return tl.reshape(tl.join(even, odd), (words.shape[0], words.shape[1], 4 * words.shape[2]))
 
 
 @triton.jit
@@ -142,15 +172,15 @@ def _byte(words, INDEX: tl.constexpr):
 
 
 @triton.jit
-def no_sums(QUERIES: tl.constexpr, WIDTH: tl.constexpr):
-    """peak [1, QUERIES], mass [1, QUERIES], acc [1, QUERIES, padded(WIDTH)] over no keys."""
-    peak = tl.full((1, QUERIES), float("-inf"), tl.float32)
-    return peak, tl.zeros((1, QUERIES), tl.float32), tl.zeros((1, QUERIES, padded(WIDTH)), tl.float32)
+def no_sums(SHAPE: tl.constexpr, WIDTH: tl.constexpr):
+    """peak and mass [*SHAPE], acc [*SHAPE, padded(WIDTH)] over no keys."""
+    peak = tl.full(SHAPE, float("-inf"), tl.float32)
+    return peak, tl.zeros(SHAPE, tl.float32), tl.zeros(tile_shape(SHAPE, padded(WIDTH)), tl.float32)
 
 
 @triton.jit
 def attend(q, key, value, visible, factor, peak, mass, acc):
-    """One step of the online softmax: a tile of keys more, of which a query sees the visible ones [1, QUERIES, KEYS].
+    """One step of the online softmax: a tile of keys more, of which a query sees the visible ones [..., QUERIES, KEYS].
 
     peak is the largest score so far, as a power of two; mass is the sum of p = 2^(score - peak), and acc that of p v,
     with p rounded alike in both.
@@ -158,21 +188,27 @@ def attend(q, key, value, visible, factor, peak, mass, acc):
     key = _operand(key, key.dtype)
     if value.dtype == tl.int32:
         value = _unpacked(value)
-    scores = tl.dot(q, tl.permute(key, (0, 2, 1)), input_precision="ieee") * factor
-    scores = tl.where(visible, scores, float("-inf"))
-    peak, base, shrink, _ = rescale(peak, tl.max(scores, 2))
-    p = tl.exp2(scores - base[:, :, None]).to(value.dtype)
-    ones = tl.full((1, value.shape[1], 16), 1.0, value.dtype)
-    mass = mass * shrink + tl.max(tl.dot(p, ones, input_precision="ieee"), 2)  # all columns are alike
-    acc = tl.dot(p, value, acc * shrink[:, :, None], input_precision="ieee")
+    scores = tl.where(visible, _dot(q, tl.trans(key)) * factor, float("-inf"))
+    peak, base, shrink, _ = rescale(peak, tl.max(scores, -1))
+    p = tl.exp2(scores - last_axis(base)).to(value.dtype)
+    ones = tl.full(tile_shape(value.shape[:-1], 16), 1.0, value.dtype)
+    mass = mass * shrink + tl.max(_dot(p, ones), -1)  # all columns are alike
+    acc = _dot(p, value, acc * last_axis(shrink))
     return peak, mass, acc
 
 
 @triton.jit
-def flat_sums(peak, mass, acc):
-    """peak, mass [QUERIES], acc [QUERIES, padded(WIDTH)]: without the axis that is there for the dots."""
-    QUERIES: tl.constexpr = acc.shape[1]
-    return tl.reshape(peak, (QUERIES,)), tl.reshape(mass, (QUERIES,)), tl.reshape(acc, (QUERIES, acc.shape[2]))
+def _dot(a, b, acc=None):
+    """[acc +] a @ b: [M, K] @ [K, N], or [warps, M, K] @ [1, K, N]."""
+    if len(a.shape) == 3:
+        b = tl.broadcast_to(b, (a.shape[0], b.shape[1], b.shape[2]))
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def last_axis(tile):
+    """The tile with one more axis, of one element."""
+    return tl.expand_dims(tile, -1)
 
 
 @triton.jit
@@ -188,11 +224,11 @@ def store_means(out, row_stride, pair, pairs, sums, v_scale, GROUP: tl.constexpr
     """acc / mass of the pairs (row, head of the group) below ``pairs``, to rows row_stride apart."""
     _, mass, acc = sums
     at = pair // GROUP * row_stride + pair % GROUP * WIDTH
-    store_tile(out, at, pair < pairs, acc * tl.div_rn(v_scale, mass)[:, None], WIDTH)
+    store_tile(out, at, pair < pairs, acc * last_axis(tl.div_rn(v_scale, mass)), WIDTH)
 
 
 @triton.jit
 def store_tile(memory, offsets, valid, tile, WIDTH: tl.constexpr):
     """WIDTH columns of each valid row of the tile, to its offset."""
     d = tl.arange(0, padded(WIDTH))
-    tl.store(memory + offsets[:, None] + d[None, :], tile, mask=valid[:, None] & (d < WIDTH)[None, :])
+    tl.store(memory + last_axis(offsets) + d, tile, mask=last_axis(valid) & (d < WIDTH))

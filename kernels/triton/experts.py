@@ -12,6 +12,7 @@ begin at 64 rows) and for every batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -70,6 +71,7 @@ class ExpertsParameters:
     num_stages: int
 
 
+@cache
 def parameters(
     pairs: int, top_k: int, experts: int, units: int, width: int, itemsize: int, arch: int
 ) -> ExpertsParameters:

@@ -7,9 +7,7 @@ tile sizes, warps and stages may follow it, since no sum is split among programs
 
 The warps of a program cut its tile into one part each, and are the batch of a dot of rank 3. Such a dot is by mma.sync
 on every architecture; one of rank 2 becomes wgmma or tcgen05, an instruction that follows the tile. And Triton 3.6
-gives a batch to the warps, so that every warp would compute the whole of a tile that is not cut. The parts are as
-narrow as 8 tokens before features are shared out as well: reading, multiplying and rounding activations costs a warp
-more than reading weights, which are already what the MMA takes.
+gives a batch to the warps, so that every warp would compute the whole of a tile that is not cut.
 
 The norm costs no pass of its own. With r the norm's factor of a row, (x r w) W = r (x w) W: the MMA runs on x w, the
 squares of the same tiles are summed beside it in fp32, and r multiplies the sum at the end of the row, or of each
@@ -53,8 +51,12 @@ class Tiling:
 
     @property
     def token_parts(self) -> int:
-        """Warps beside each other along tokens; the instruction takes 8."""
-        return min(self.warps, self.tokens // 8)
+        """Warps beside each other along tokens; the instruction takes 8.
+
+        The more there are, the fewer activations each of them rounds, but the more often the weights are read from
+        shared memory: with 128 features that would be the limit, so at most 4 there.
+        """
+        return min(self.warps, self.tokens // 8, 512 // self.features)
 
     @property
     def feature_parts(self) -> int:
@@ -90,8 +92,8 @@ def tiling(tokens: int, features: int, span: int, groups: int, dtype: torch.dtyp
     weight_bytes = block_features * columns * dtype.itemsize
     step_bytes = weight_bytes + 4 * (block_tokens + 1) * columns
     buffers = max(2, min(7, triton.cdiv(49_152, weight_bytes), (shared - 12_288) // step_bytes))
-    # 128 features x 16 tokens a warp are 64 sums a thread. Two warps would do for 32 features x 8 tokens, but four load.
-    warps = 8 if block_tokens == 128 else 4
+    # Never more than 64 sums a thread. Two warps would do for 32 features x 8 tokens, but the others help to load.
+    warps = 8 if block_tokens >= 64 else 4
     # Left alone, the compiler spills registers to fit in more small programs than shared memory has room for; of those
     # with 168 registers a thread there fit 3. Where one program fills an SM, any bound makes it spill, even 255.
     registers = 168 if block_tokens <= 32 else None
@@ -289,7 +291,11 @@ def _load_input(
     x = _load_tokens(source, stride, token, tokens, column, end, BLOCK_T, BLOCK_K)
     if RELU2:
         positive = tl.where(x < 0, 0.0, x)  # NaN stays
-        x = positive * positive if K == K1 else tl.where(column < K1, x, positive * positive)
+        squared = positive * positive
+        if K > K1:
+            x = x if column < K1 else squared  # tl.where would make a tensor of the condition: x would be laid out anew
+        else:
+            x = squared
     return x
 
 

@@ -15,6 +15,7 @@ which other engines use, would be off by 2^-8.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -40,6 +41,7 @@ class ScanLaunch:
     segments: int  # shares of the state's columns, one a warp
 
 
+@cache
 def scan_launch(head_dim: int, state_size: int, chunk: int) -> ScanLaunch:
     """A function of the model alone."""
     # Chunks of 32, 64, 128, ... tokens are blocks of 32: 64 would halve the steps, but the two parts of operands of

@@ -8,6 +8,7 @@ of its heads costs reads that L2 serves. The ring keeps programs apart: no entry
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -29,6 +30,7 @@ class UpdateLaunch:
     num_warps: int
 
 
+@cache
 def update_launch(head_dim: int, state_size: int) -> UpdateLaunch:
     """A function of the model alone: the sum over the state has one order."""
     block_p, block_n = triton.next_power_of_2(head_dim), triton.next_power_of_2(state_size)

@@ -19,6 +19,7 @@ from headrace.kernels.triton.common import last_to_arrive
 from headrace.kernels.triton.scratch import counters
 
 TILE = 16  # rows of a tile: M of mma.sync
+MOST_EXPERTS, MOST_PICKS = 1024, 255  # scores lie in a program's registers; places are bytes
 
 _LOWEST = tl.constexpr(-(2**31))  # below every score's key: taken, or past the last expert
 _TILE = tl.constexpr(TILE)
@@ -47,9 +48,11 @@ def most_tiles(rows: int, top_k: int, experts: int) -> int:
 
 
 def route(logits: Tensor, bias: Tensor, routing: Routing) -> Routes:
-    """See ``headrace.kernels.moe.route``. Logits' columns are contiguous; at most 1024 experts, 255 picks."""
+    """See ``headrace.kernels.moe.route``. Logits' columns are contiguous. Raises ValueError beyond MOST_*."""
     rows, experts = logits.shape
     top_k, device = routing.top_k, logits.device
+    if experts > MOST_EXPERTS or top_k > MOST_PICKS:
+        raise ValueError(f"{experts} experts, {top_k} per row: at most {MOST_EXPERTS} and {MOST_PICKS} are supported")
     picked = torch.empty(rows, top_k, dtype=torch.int64, device=device)
     weights = torch.empty(rows, top_k, dtype=torch.float32, device=device)
     slots = most_tiles(rows, top_k, experts)
@@ -157,7 +160,7 @@ def _group(places, order, tiles, rows, slots, TOP_K: tl.constexpr, WIDTH: tl.con
         first += (place != 0).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "slots"])
 def _route(
     logits,
     row_stride,

@@ -31,6 +31,7 @@ class Parameters:
     num_stages: int
 
 
+@cache
 def parameters(vocab: int) -> Parameters:
     """At 131072 tokens 128 programs a row: one row nearly fills an H200 (132 SMs), many rows are 4 KB a program.
 

@@ -94,11 +94,12 @@ def same(found: np.ndarray, expected: object) -> None:
         ("neg.f32 %out, %a;", lambda a, b: -a),
         ("sqrt.rn.f32 %out, %a;", lambda a, b: np.sqrt(a)),
         ("rcp.approx.f32 %out, %a;", lambda a, b: np.float32(1) / a),
-        ("setp.lt.f32 %p1, %a, %b; selp.f32 %out, %a, %b, %p1;", np.fmin.__class__ and (lambda a, b: np.where(a < b, a, b))),
+        ("setp.lt.f32 %p1, %a, %b; selp.f32 %out, %a, %b, %p1;", lambda a, b: np.where(a < b, a, b)),
         ("setp.geu.f32 %p1, %a, %b; selp.f32 %out, %a, %b, %p1;", lambda a, b: np.where(a < b, b, a)),
         ("setp.ne.f32 %p1, %a, %a; selp.f32 %out, %a, %b, %p1;", lambda a, b: b),
         ("setp.neu.f32 %p1, %a, %a; selp.f32 %out, %a, %b, %p1;", lambda a, b: np.where(np.isnan(a), a, b)),
-        ("setp.nan.f32 %p1, %a, %b; selp.f32 %out, 0f3F800000, 0f00000000, %p1;", lambda a, b: f32(np.isnan(a) | np.isnan(b))),
+        ("setp.nan.f32 %p1, %a, %b; selp.f32 %out, 0f3F800000, 0f00000000, %p1;",
+         lambda a, b: f32(np.isnan(a) | np.isnan(b))),
         ("testp.finite.f32 %p1, %a; selp.f32 %out, 0f3F800000, 0f00000000, %p1;", lambda a, b: f32(np.isfinite(a))),
         ("add.sat.f32 %out, %a, %b;", lambda a, b: np.nan_to_num(np.clip(a + b, 0, 1))),
         ("cvt.rzi.f32.f32 %out, %a;", lambda a, b: np.trunc(a)),
@@ -131,7 +132,9 @@ def test_fma_rounds_once():
 
 @pytest.mark.parametrize("name", ["ex2", "lg2", "sin", "cos", "tanh", "rsqrt"])
 def test_approximations_are_rounded_correctly(name):
-    function = {"ex2": math.exp2, "lg2": math.log2, "rsqrt": lambda x: 1 / math.sqrt(x)}.get(name) or getattr(math, name)
+    function = {"ex2": math.exp2, "lg2": math.log2, "rsqrt": lambda x: 1 / math.sqrt(x)}.get(name) or getattr(
+        math, name
+    )
     a = GENERATOR.uniform(0.01, 20, LANES).astype(np.float32)
     same(evaluate(f"{name}.approx.f32 %out, %a;", a), np.array([function(float(x)) for x in a]).astype(np.float32))
 
@@ -175,7 +178,8 @@ def unsigned(x):
         ("brev.b32 %out, %a;", lambda a, b: np.array([int(f"{x:032b}"[::-1], 2) for x in a])),
         ("bfind.u32 %out, %a;", lambda a, b: np.array([int(x).bit_length() - 1 for x in a]).astype(np.uint32)),
         ("mov.b32 {%h1, %h2}, %a; mov.b32 %out, {%h2, %h1};", lambda a, b: (a >> np.uint32(16)) | (a << np.uint32(16))),
-        ("cvt.u16.u32 %h1, %a; cvt.s32.s16 %out, %h1;", lambda a, b: a.astype(np.int16).astype(np.int32).view(np.uint32)),
+        ("cvt.u16.u32 %h1, %a; cvt.s32.s16 %out, %h1;",
+         lambda a, b: a.astype(np.int16).astype(np.int32).view(np.uint32)),
         ("cvt.s32.s8 %out, %a;", lambda a, b: a.astype(np.int8).astype(np.int32).view(np.uint32)),
         ("cvt.sat.s8.s32 %out, %a;", lambda a, b: np.clip(signed(a), -128, 127).astype(np.int32).view(np.uint32)),
         ("slct.b32.s32 %out, %a, %b, %b;", lambda a, b: np.where(b.view(np.int32) >= 0, a, b)),
@@ -252,7 +256,10 @@ def test_fp4_ties_to_even():
 
 def test_floats_to_integers_saturate():
     a = f32([1e20, -1e20, np.nan, 2.5, -2.5, 3.5, 0.5, -0.5] * 4)
-    same(evaluate("cvt.rni.s32.f32 %out, %a;", a), np.array([2**31 - 1, -(2**31), 0, 2, -2, 4, 0, 0] * 4, np.int32).view("u4"))
+    same(
+        evaluate("cvt.rni.s32.f32 %out, %a;", a),
+        np.array([2**31 - 1, -(2**31), 0, 2, -2, 4, 0, 0] * 4, np.int32).view("u4"),
+    )
     same(evaluate("cvt.rzi.u32.f32 %out, %a;", a), np.array([2**32 - 1, 0, 0, 2, 0, 3, 0, 0] * 4, np.uint32))
 
 
@@ -263,7 +270,9 @@ def test_packed_arithmetic():
         same(evaluate(body + "mov.b32 %out, %r1;", a, b), a + b)
         same(evaluate(body + "mov.b32 %out, %r2;", a, b), b + a)
         body = "mov.b32 %out, %a; @!%p0 fma.rn.bf16x2 %out, %a, %b, %a;"
-        pairs = [torch.from_numpy(x.view(np.int16).reshape(LANES, 2).copy()).view(torch.bfloat16).double() for x in (a, b)]
+        pairs = [
+            torch.from_numpy(x.view(np.int16).reshape(LANES, 2).copy()).view(torch.bfloat16).double() for x in (a, b)
+        ]
         expected = (pairs[0] * pairs[1] + pairs[0]).bfloat16()
         found = torch.from_numpy(evaluate(body, a, b).view(np.int16).reshape(LANES, 2).copy()).view(torch.bfloat16)
         assert torch.equal(found.nan_to_num(), expected.nan_to_num())
@@ -294,7 +303,10 @@ def test_votes_and_reductions():
     ballot = sum(1 << i for i in range(LANES) if odd[i])
     decide = "and.b32 %r1, %a, 1; setp.eq.b32 %p1, %r1, 1;"
     same(evaluate(decide + "vote.sync.ballot.b32 %out, %p1, -1;", a), np.full(LANES, ballot))
-    same(evaluate(decide + "vote.sync.any.pred %p2, !%p1, -1; selp.b32 %out, 1, 0, %p2;", a), np.full(LANES, not odd.all()))
+    same(
+        evaluate(decide + "vote.sync.any.pred %p2, !%p1, -1; selp.b32 %out, 1, 0, %p2;", a),
+        np.full(LANES, not odd.all()),
+    )
     same(evaluate("redux.sync.add.s32 %out, %a, -1;", a), np.full(LANES, a.astype(np.uint64).sum() % 2**32))
     same(evaluate("redux.sync.min.s32 %out, %a, -1;", a), np.full(LANES, a.view(np.int32).min()).view(np.uint32))
     values = floats()
@@ -308,7 +320,9 @@ def test_atomics_return_what_was_there():
     assert sorted(found) == [10 + 2 * i for i in range(LANES)]
     found = evaluate(body + "atom.global.acq_rel.gpu.cas.b32 %out, [%rd1], 10, 99;", np.full(LANES, 10, np.uint32))
     assert sorted(found) == [10] + [99] * 31
-    found = evaluate(body + "atom.global.max.s32 %out, [%rd1], %r0; ld.global.u32 %out, [%rd1];", np.zeros(LANES, np.uint32))
+    found = evaluate(
+        body + "atom.global.max.s32 %out, [%rd1], %r0; ld.global.u32 %out, [%rd1];", np.zeros(LANES, np.uint32)
+    )
     assert set(found) == {31}
 
 
@@ -337,7 +351,8 @@ def test_matrix_load_is_transposed_on_demand():
 
 
 def test_local_memory_is_per_lane():
-    body = "{ .local .align 8 .b8 spill[16]; .reg .b64 at; mov.u64 at, spill; st.local.b32 [at+8], %a; ld.local.b32 %out, [at+8]; }"
+    declare = ".local .align 8 .b8 spill[16]; .reg .b64 at; mov.u64 at, spill;"
+    body = f"{{ {declare} st.local.b32 [at+8], %a; ld.local.b32 %out, [at+8]; }}"
     a = words()
     same(evaluate(body, a), a)
 

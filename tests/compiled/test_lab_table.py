@@ -66,7 +66,10 @@ def test_narrow_loads_are_named():
 
 
 def test_differences_are_readable():
-    before = {"a": {"sm_90": {"launches": [{"kernel": "k", "registers": 96, "mma": {"HMMA": 4}}], "ratio": 1.0}}, "b": {}}
+    before = {
+        "a": {"sm_90": {"launches": [{"kernel": "k", "registers": 96, "mma": {"HMMA": 4}}], "ratio": 1.0}},
+        "b": {},
+    }
     after = {"a": {"sm_90": {"launches": [{"kernel": "k", "registers": 104, "mma": {}}], "ratio": 1.2}}, "c": {}}
     assert table.differences(before, before) == []
     assert table.differences(before, after) == [

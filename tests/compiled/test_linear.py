@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from headrace.kernels import norm as reference_norm
 from headrace.kernels.inputs import step_inputs as reference_inputs
 from headrace.kernels.lab.cases import ARCHITECTURES, Case
-from headrace.kernels.lab.cases.linear import CASES
+from headrace.kernels.lab.cases.linear import CASES, PROJECTIONS
 from headrace.kernels.lab.compile import compile_launch
 from headrace.kernels.lab.launches import Launch, capture, execute
 from headrace.kernels.lab.numerics import same_numerics
@@ -146,6 +146,19 @@ def test_no_batch_has_another_numerics(arch, op):
         for launch in found
     }
     assert len(operands) == 1, operands
+
+
+@pytest.mark.parametrize("arch", (90, 100))
+@pytest.mark.parametrize("batch", (1, 16, 128))
+def test_no_warp_repeats_another(arch, batch):
+    """Every product is in the code of one warp, but for 32 features x 8 tokens: two instructions for four warps."""
+    for projection in PROJECTIONS:
+        (launch,) = launches_of(lambda projection=projection: projection.make(batch), arch)
+        report, tile = compile_launch(launch).report(), launch.constexprs
+        instructions = tile["BLOCK_F"] // 16 * (tile["BLOCK_T"] // 8) * (tile["BLOCK_K"] // 16)
+        sharing = min(launch.options.num_warps, tile["BLOCK_F"] // 16 * (tile["BLOCK_T"] // 8))
+        assert report.mma == {"HMMA.16816.F32.BF16": instructions // sharing}
+        assert not report.spills
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -1,12 +1,20 @@
 """Where tensors live: what a CPU shows of it, and that a missing GPU is refused before anything is read."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
+from networks import Scripted, scripted_engine
 
-from headrace.engine import Engine, EngineConfig
+from headrace.engine import Engine, EngineConfig, EngineFailed, GenerationError
 from headrace.engine.cli import main
+from headrace.engine.config import ModelConfig
+from headrace.engine.engine import EMBEDDED_MODEL, step_bytes
+from headrace.engine.model import Caches
 from headrace.engine.run.device import Device
+from headrace.engine.run.memory import plan_caches, unit_bytes
+from headrace.kernels import select
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
@@ -35,6 +43,56 @@ def test_a_download_is_a_copy():
     device.wait()
     assert copy.tolist() == [0, 1, 2]
     assert device.available_bytes() > 0
+
+
+def test_a_step_has_room_beside_the_pages(tmp_path):
+    config = ModelConfig.load(EMBEDDED_MODEL)
+    few, many = (step_bytes(config, EngineConfig(max_sequences=n)) for n in (1, 1024))
+    assert many > 1024 * 12 * config.vocab_size > few > 0
+
+    class Gpu(Device):
+        def __init__(self):
+            super().__init__("cpu")
+            self.cuda, self.torch = True, torch.device("cuda")
+
+        def available_bytes(self):
+            return 1 << 30
+
+    one = Caches.allocate(config, 1, 1, 16, device="meta")
+    options = {"num_slots": 2, "page_size": 16, "model_context": 1 << 40}
+    page, slot = unit_bytes(one)
+    full = plan_caches(one, Gpu(), **options).num_pages
+    less = plan_caches(one, Gpu(), **options, step_bytes=1 << 29).num_pages
+    assert full == int(((1 << 30) - 2 * slot) * 0.85) // page
+    assert less == int(((1 << 29) - 2 * slot) * 0.85) // page
+
+
+def test_a_lost_device_ends_the_engine(text):
+    """A failing step costs its requests; a device that then fails to answer costs the engine, which says so."""
+    network = Scripted(lambda token: token + 1)
+    network.fail_on = 333
+    with scripted_engine(text, network) as engine:
+        device = engine._loop._runner.device
+        with pytest.raises(GenerationError, match="planted kernel failure"):
+            engine.generate([333])
+        assert engine.accepting
+
+        def gone():
+            raise RuntimeError("an illegal memory access was encountered")
+
+        device.wait = gone
+        with pytest.raises(GenerationError, match="the device cpu is lost: an illegal memory access"):
+            engine.generate([333])
+        with pytest.raises(EngineFailed, match="lost"):
+            engine.generate([300])
+
+
+def test_a_backend_whose_package_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "headrace.kernels.triton", None)
+    for name in [name for name in sys.modules if name.startswith("headrace.kernels.triton")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match="backend 'triton' needs the package"):
+        select("triton")
 
 
 def test_what_auto_means():

@@ -107,7 +107,7 @@ def test_noise_never_ties_at_the_top_of_a_large_vocabulary():
 def test_draws_follow_the_exact_probabilities(kernels, temperature, top_p):
     """Chi-square with fixed seeds; the bound is the 99.99 % quantile for 9 degrees of freedom (33.7)."""
     logits = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -6.0])
-    p = np.exp((logits.double().numpy() - 2.0) / temperature)
+    p = np.exp((logits.double().cpu().numpy() - 2.0) / temperature)
     p /= p.sum()
     order = np.argsort(-p)
     last = np.searchsorted(np.cumsum(p[order]), top_p * (1 - 1e-12))

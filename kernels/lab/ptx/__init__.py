@@ -11,14 +11,14 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from headrace.kernels.lab.ptx import access, arithmetic, bits, convert, exchange, matrix
-from headrace.kernels.lab.ptx.device_memory import DeviceMemory
+from headrace.kernels.lab.ptx.device_memory import DeviceMemory, pointer_roots, registers
 from headrace.kernels.lab.ptx.machine import Machine
-from headrace.kernels.lab.ptx.parse import PtxError, parse
+from headrace.kernels.lab.ptx.parse import Program, PtxError, parse
 from headrace.kernels.lab.ptx.shared_memory import AsyncCopyError, RaceError
 from headrace.kernels.lab.ptx.statistics import SECTOR, Statistics, Traffic
 
@@ -61,12 +61,17 @@ def run(
 
 def load_widths(compiled: Compiled, launch: Launch) -> dict[str, dict[int, int]]:
     """Argument -> bits a lane -> how many loads (to registers or asynchronous) of it stand in the PTX."""
-    machine = load(compiled, launch)
+    program = _programs(compiled.ptx)
+    pointers = {
+        parameter: name for parameter, name, value in _bound(program, launch) if isinstance(value, torch.Tensor)
+    }
+    roots = pointer_roots(program, set(pointers))
     found: dict[str, dict[int, int]] = {}
-    for each in machine.program.instructions:
+    for each in program.instructions:
         size = access.loaded_bits(each)
-        for name in machine.argument_names(each.operands[1]) if size else ():
-            widths = found.setdefault(name, {})
+        mentioned = registers(each.operands[1]) if size else []
+        for root in frozenset().union(*(roots.get(register, frozenset()) for register in mentioned)):
+            widths = found.setdefault(pointers[root], {})
             widths[size] = widths.get(size, 0) + 1
     return found
 
@@ -75,14 +80,12 @@ def load(compiled: Compiled, launch: Launch, *, ptx: str = "") -> Machine:
     """The machine with the kernel and the launch's arguments in it."""
     program = _programs(ptx or compiled.ptx)
     program.threads = program.threads or compiled.threads
-    given = launch.parameters()
-    extra = len(program.parameters) - len(given)
-    if not 0 <= extra <= 2:  # Triton appends pointers to scratch memory, which kernels here do not use
-        raise PtxError(f"{program.name} takes {len(program.parameters)} parameters, the launch has {len(given)}")
     tensors: dict[str, torch.Tensor] = {}
     pointers: dict[str, str] = {}
-    patterns = {name: 0 for name, _ in program.parameters}
-    for (parameter, kind), (name, value) in zip(program.parameters, given, strict=False):
+    kinds = dict(program.parameters)
+    patterns = dict.fromkeys(kinds, 0)
+    for parameter, name, value in _bound(program, launch):
+        kind = kinds[parameter]
         if isinstance(value, torch.Tensor):
             tensors[name], pointers[parameter] = value, name
             patterns[parameter] = value.data_ptr()
@@ -92,3 +95,12 @@ def load(compiled: Compiled, launch: Launch, *, ptx: str = "") -> Machine:
             patterns[parameter] = int(value) & (2**64 - 1)
     memory = DeviceMemory(tensors, program.constants, Statistics())
     return Machine(program, memory, patterns, pointers, launch.grid, compiled.shared_bytes)
+
+
+def _bound(program: Program, launch: Launch) -> list[tuple[str, str, Any]]:
+    """(parameter, argument, value) of what the launch passes. Raises PtxError if the kernel takes something else."""
+    given = launch.parameters()
+    extra = len(program.parameters) - len(given)
+    if not 0 <= extra <= 2:  # Triton appends pointers to scratch memory, which kernels here do not use
+        raise PtxError(f"{program.name} takes {len(program.parameters)} parameters, the launch has {len(given)}")
+    return [(parameter, *rest) for (parameter, _), rest in zip(program.parameters, given, strict=False)]
