@@ -1,10 +1,33 @@
-"""For all tests: one torch thread (tests that are about threads set their own), so that a busy machine stays usable."""
+"""For all tests: one torch thread, and an early start for what runs in processes of its own."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Waiting threads of a parallel region spin; beside other work two of them are slower than one."""
+def one_thread() -> None:
+    """Waiting threads of a parallel region spin; beside other work two of them are slower than one.
+
+    Tests that are about threads set their own number.
+    """
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def early(request: pytest.FixtureRequest) -> Iterator[dict[str, "Future[Any]"]]:
+    """Results of tests marked ``early(job=function)``, by node id: function(**parameters), begun when the session begins.
+
+    Such a function waits for a process of its own. One at a time they use the core that pytest leaves idle.
+    """
+    pool = ThreadPoolExecutor(1)
+    jobs = {}
+    for item in request.session.items:
+        if marker := item.get_closest_marker("early"):
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            jobs[item.nodeid] = pool.submit(marker.kwargs["job"], **parameters)
+    yield jobs
+    pool.shutdown(wait=False, cancel_futures=True)

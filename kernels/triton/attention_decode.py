@@ -49,14 +49,12 @@ FAN = 8
 levels it is an eighth at a time, read by eight."""
 
 MOST_PAIRS = 64
-"""Pairs of (new row, query head) in a tile; twice as many leave no registers. More rows take another launch."""
+"""Pairs of (new row, query head) in a tile: four warps of 16. More rows take another launch."""
 
 
 def decode_tiles(pairs: int, pages: Pages, arch: int) -> Tiles:
     """For ``pairs`` of (new row, query head) per kv head."""
-    queries = max(16, triton.next_power_of_2(pairs))
-    shape = (queries,) if queries <= 32 else (queries // 16, 16)
-    return make_tiles(shape, 64, num_warps=4, pages=pages, arch=arch)
+    return make_tiles(max(16, triton.next_power_of_2(pairs)), 64, pages, arch)
 
 
 def decode_attention(
@@ -251,7 +249,7 @@ def _finish(
 
     Scratch per (sequence, kv head): the parts' sums, then the groups'; a counter per group, then one for all.
     """
-    STEP: tl.constexpr = 16 if len(QUERIES) == 1 else 8  # the walk of a tile of rank 2 leaves more registers
+    STEP: tl.constexpr = 16 if PAIRS <= 16 else 8  # pairs to add up at a time: the walk of more leaves less registers
     bound, bound_groups = tl.num_programs(0), tl.cdiv(tl.num_programs(0), FAN)
     arrived += place * (bound_groups + 1)
     place *= bound + bound_groups

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +13,7 @@ from headrace.kernels.triton.attention_softmax import (
     attend,
     checked,
     indices,
+    keys_shape,
     last_axis,
     load_keys,
     load_queries,
@@ -31,8 +30,8 @@ APPENDED = 16
 
 
 def prefill_tiles(pages: Pages, arch: int) -> Tiles:
-    """One shape for all chunks: twice the queries or the keys spill registers."""
-    return make_tiles(queries=(4, 16), keys=32 if pages.keys.dtype == torch.float8_e4m3fn else 64, num_warps=4, pages=pages, arch=arch)
+    """One shape for all chunks: twice the queries or the keys spill registers, on one Triton or another."""
+    return make_tiles(64, 32 if pages.keys.dtype == torch.float8_e4m3fn else 64, pages, arch)
 
 
 def prefill_attention(
@@ -57,11 +56,12 @@ def prefill_attention(
         num_stages=1,
         enable_fp_fusion=False,
     )
-    _prefill[triton.cdiv(length * group, math.prod(tiles.queries)), kv_heads](
+    _prefill[triton.cdiv(length * group, tiles.pairs), kv_heads](
         *(q, out, pages.keys, pages.values, *where, strides[0], score_factor(scale, pages), pages.v_scale),
         GROUP=group,
         WIDTH=width,
         PAGE=page_size,
+        PAIRS=tiles.pairs,
         QUERIES=tiles.queries,
         KEYS=tiles.keys,
         num_warps=tiles.num_warps,
@@ -113,20 +113,21 @@ def _prefill(
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
+    PAIRS: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Program (QUERIES pairs of (token, head of the group), kv head), over the keys up to the tile's last token."""
+    """Program (PAIRS pairs of (token, head of the group), kv head), over the keys up to the tile's last token."""
     head, row_width = tl.program_id(1), tl.num_programs(1) * WIDTH
     # The tiles with the longest context start first.
-    pair = (tl.num_programs(0) - 1 - tl.program_id(0)) * (QUERIES[0] * QUERIES[1]) + indices(QUERIES)
+    pair = (tl.num_programs(0) - 1 - tl.program_id(0)) * PAIRS + indices(QUERIES)
     offsets = pair // GROUP * q_strides[0] + (head * GROUP + pair % GROUP) * q_strides[1]
     queries = load_queries(q, offsets, pair < length * GROUP, keys, WIDTH)
     own = start + tl.minimum(pair // GROUP, length - 1)
     last = tl.max(own)
     keys, values = keys + head * WIDTH, values + head * WIDTH
     peak, mass, acc = no_sums(QUERIES, WIDTH)
-    inside = indices((1, KEYS))
+    inside = indices(keys_shape(QUERIES, KEYS))
     rows = page_rows(table, inside, last, PAGE)
     for first in range(0, last + 1, KEYS):
         key, value = load_keys(keys, values, rows, row_width, first + inside <= last, WIDTH)

@@ -6,10 +6,10 @@ share it. Their number may follow the batch, because no sum depends on a layout 
 of their length, and keys beyond a query's own position change nothing: p = 0, and sums shrink by 2^0.
 
 Up to 32 queries are a tile of rank 2, of which the warps share the keys (scores) and the channels (P V). More are of
-rank 3, [warps, queries of a warp, ...]: each warp has rows of its own and reads all keys (see ``common.warps_mma``).
-Both are mma.sync m16n8k16 on every architecture, in the same order of K. Tiles of keys have the rank from the load on,
-as [1, KEYS, ...]: what gains its axis after the load is not copied to shared memory asynchronously. So functions here
-take tiles of either rank, "..." in their shapes being nothing or one axis.
+rank 3, [warps, queries of a warp, ...]: each warp has rows of its own and reads all keys. Both are mma.sync m16n8k16 on
+every architecture, in the same order of K. Tiles of keys have the rank from the load on, as [1, KEYS, ...]: what gains
+its axis after the load is not copied to shared memory asynchronously. So functions here take tiles of either rank,
+"..." in their shapes being nothing or one axis.
 
 Queries and P are rounded to the dtype of the pages, or to fp16 for fp8 pages: it holds every e4m3 number, converts in
 one instruction for two (bf16 takes two more for each), and has three bits more. So |q| must be below 65504 there.
@@ -40,19 +40,28 @@ class Tiles:
     num_warps: int
     num_stages: int
 
+    @property
+    def pairs(self) -> int:
+        return math.prod(self.queries)
 
-def make_tiles(queries: tuple[int, ...], keys: int, num_warps: int, pages: Pages, arch: int) -> Tiles:
+
+def make_tiles(queries: int, keys: int, pages: Pages, arch: int) -> Tiles:
     """As asked for, with as many stages as there is shared memory for."""
-    if pages.keys.dtype == torch.float32:  # multiplied without tensor cores, with operands in registers
+    dtype, width = pages.keys.dtype, padded(pages.keys.shape[3])
+    if dtype == torch.float32:
         keys = 32
-    width = padded(pages.keys.shape[3])
-    tile = 2 * keys * width * pages.keys.itemsize  # bytes: keys and values
-    # Two CTAs an SM, each with one tile less than it has stages; where that is little, a second tile for one CTA.
-    shared = (112 if arch in (90, 100, 103) else 80) * 1024
-    shared -= math.prod(queries) * width * 2
-    if pages.keys.dtype == torch.float8_e4m3fn and len(queries) == 2:
-        shared -= queries[0] * keys * width * 2  # converted values; Triton stores them once for each warp
-    return Tiles(queries, keys, num_warps, num_stages=1 + max(1, min(3, shared // tile)))
+    # Bytes for two CTAs an SM, each with one tile less than it has stages; where that is little, more tiles for one.
+    shared = (112 if arch in (90, 100, 103) else 80) * 1024 - queries * width * max(2, dtype.itemsize)
+    shape: tuple[int, ...] = (queries,)
+    num_warps = 4
+    if queries > 32 and dtype == torch.float32:  # no tensor cores: the order of K is that of any other shape
+        num_warps = 8
+    elif queries > 32:
+        shape, num_warps = (queries // 16, 16), queries // 16
+        if dtype == torch.float8_e4m3fn:
+            shared -= num_warps * keys * width * 2  # the converted values, which Triton stores for each warp
+    tile = 2 * keys * width * dtype.itemsize  # bytes of keys and values
+    return Tiles(shape, keys, num_warps, num_stages=1 + max(1, min(3, shared // tile)))
 
 
 def checked(pages: Pages) -> int:
@@ -81,22 +90,23 @@ def padded(width):
 
 @triton.constexpr_function
 def keys_shape(queries, keys):
-    """Of a tile's tokens, in the rank of its queries."""
+    """Shape of a tile's tokens, in the rank of its queries."""
     return (keys,) if len(queries) == 1 else (1, keys)
 
 
 @triton.constexpr_function
-def tile_shape(rows, columns):
-    return (*rows, columns)
+def extended(shape, last):
+    """The shape with one more axis."""
+    return (*shape, last)
 
 
 @triton.jit
 def indices(SHAPE: tl.constexpr):
     """0, 1, 2, ... in row-major order; of rank 1 or 2."""
-    if len(SHAPE) == 1:
-        return tl.arange(0, SHAPE[0])
-    else:
+    if len(SHAPE) == 2:
         return tl.arange(0, SHAPE[0])[:, None] * SHAPE[1] + tl.arange(0, SHAPE[1])[None, :]
+    else:
+        return tl.arange(0, SHAPE[0])
 
 
 @triton.jit
@@ -127,7 +137,7 @@ def load_queries(q, offsets, valid, keys, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_keys(keys, values, rows, row_width, valid, WIDTH: tl.constexpr):
-    """Keys and values [..., KEYS, padded(WIDTH)] of rows [..., KEYS], as the pages hold them, 0 where not valid; see ``_load_rows``."""
+    """Keys and values [..., KEYS, padded(WIDTH)] of rows [..., KEYS], 0 where not valid; see ``_load_rows``."""
     COLUMNS: tl.constexpr = padded(WIDTH)
     key = _load_rows(keys, rows, row_width, valid, WIDTH, COLUMNS)
     if values.dtype.element_ty == tl.float8e4nv:
@@ -175,7 +185,7 @@ def _byte(words, INDEX: tl.constexpr):
 def no_sums(SHAPE: tl.constexpr, WIDTH: tl.constexpr):
     """peak and mass [*SHAPE], acc [*SHAPE, padded(WIDTH)] over no keys."""
     peak = tl.full(SHAPE, float("-inf"), tl.float32)
-    return peak, tl.zeros(SHAPE, tl.float32), tl.zeros(tile_shape(SHAPE, padded(WIDTH)), tl.float32)
+    return peak, tl.zeros(SHAPE, tl.float32), tl.zeros(extended(SHAPE, padded(WIDTH)), tl.float32)
 
 
 @triton.jit
@@ -191,7 +201,7 @@ def attend(q, key, value, visible, factor, peak, mass, acc):
     scores = tl.where(visible, _dot(q, tl.trans(key)) * factor, float("-inf"))
     peak, base, shrink, _ = rescale(peak, tl.max(scores, -1))
     p = tl.exp2(scores - last_axis(base)).to(value.dtype)
-    ones = tl.full(tile_shape(value.shape[:-1], 16), 1.0, value.dtype)
+    ones = tl.full(extended(value.shape[:-1], 16), 1.0, value.dtype)
     mass = mass * shrink + tl.max(_dot(p, ones), -1)  # all columns are alike
     acc = _dot(p, value, acc * last_axis(shrink))
     return peak, mass, acc

@@ -1,20 +1,16 @@
-"""What several kernels share on the device."""
+"""What the kernels share: one instruction, and one way to know that all others are done.
+
+Every product is mma.sync m16n8k16 (design, section 3, rule 1), so an element's bits depend on its row, its column and
+the order of K alone, and tiles may follow the batch. A dot of rank 2 with at most 32 rows is that instruction on every
+architecture, and so is one of rank 3, of any size; of rank 2 with 64 rows or more it would be wgmma or tcgen05. The
+batch of a dot of rank 3 is given to the warps, one part of the tile each: Triton 3.6 repeats in every warp what a
+smaller batch leaves over. fp32 operands multiply in full precision (``input_precision="ieee"``).
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def mma(a, b, acc):
-    """acc [1, M, N] fp32 + a [M, K] @ b [K, N], by mma.sync m16n8k16 on every architecture and for every tile.
-
-    A dot of rank 3 never becomes wgmma or tcgen05, whose instruction would follow the tile: so M and N may follow the
-    batch, and an element's bits depend on its row, its column and the order of K alone (design, section 3, rule 1).
-    fp32 operands multiply in full precision.
-    """
-    return tl.dot(a[None, :, :], b[None, :, :], acc, input_precision="ieee")
 
 
 @triton.jit
@@ -28,13 +24,3 @@ def last_to_arrive(counter, total):
     if last:
         tl.store(counter, 0)
     return last
-
-
-@triton.jit
-def warps_mma(a, b, acc):
-    """acc [W, M, N] fp32 + a [W, M, K] @ b [K, N] with W = num_warps: a warp has M rows of its own, M >= 16.
-
-    As ``mma``, for tiles of more than 32 rows. Triton 3.6 gives the batch of a dot to the warps, and repeats what they
-    cannot share: a batch of one would be computed by every warp. Every warp reads all of b, which costs no memory.
-    """
-    return tl.dot(a, tl.broadcast_to(b[None, :, :], (a.shape[0], b.shape[0], b.shape[1])), acc, input_precision="ieee")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -68,6 +69,7 @@ SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}
 """Bytes of shared memory a CTA may have, by architecture; elsewhere they are 101,376."""
 
 
+@cache
 def tiling(tokens: int, features: int, span: int, groups: int, dtype: torch.dtype, arch: int) -> Tiling:
     """For [tokens, K] x [features, K]^T; ``span``: the longest run of columns that is walked from a fresh step.
 
@@ -387,7 +389,7 @@ def embed(weight: Tensor, token_ids: Tensor) -> Tensor:
     if not tokens:
         return out
     block = min(1024, triton.next_power_of_2(width))
-    _embed[(triton.cdiv(width, block), tokens)](
+    _embed[(tokens, triton.cdiv(width, block))](
         out,
         weight,
         token_ids,
@@ -404,8 +406,8 @@ def embed(weight: Tensor, token_ids: Tensor) -> Tensor:
 
 @triton.jit
 def _embed(out, weight, token_ids, weight_stride, id_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    token = tl.program_id(1).to(tl.int64)
-    channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(0).to(tl.int64)
+    channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(token_ids + token * id_stride).to(tl.int64)
     values = tl.load(weight + row * weight_stride + channels, mask=channels < WIDTH)
     tl.store(out + token * WIDTH + channels, values.to(tl.float32), mask=channels < WIDTH)

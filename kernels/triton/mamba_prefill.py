@@ -234,7 +234,7 @@ def _product(a_high, a_low, b_high, b_low, total):
     """total [..., M, N] fp32 + [..., M, K] @ [..., K, N] of operands in two parts, small terms first.
 
     Always mma.sync m16n8k16: matrices of at most 32 rows become nothing else, nor does a batch of them, which Triton
-    gives to the warps (``common.warps_mma``).
+    gives to the warps (``common``).
     """
     total = tl.dot(a_low, b_high, total, input_precision="ieee")
     total = tl.dot(a_high, b_low, total, input_precision="ieee")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -20,6 +21,7 @@ class Blocks:
     warps: int
 
 
+@cache
 def blocks(span: int) -> Blocks:
     """For groups of ``span`` channels: a whole group at once up to 8192, with at most 32 values a thread."""
     channels = min(8192, max(128, triton.next_power_of_2(span)))
@@ -34,7 +36,7 @@ def rms_norm(x: Tensor, norm: Norm) -> Tensor:
         return out
     span = channels // norm.groups
     block = blocks(span)
-    _rms_norm[(norm.groups, rows)](
+    _rms_norm[(rows, norm.groups)](  # rows first: only that dimension of a grid goes beyond 65535
         out,
         x,
         norm.weight,
@@ -63,7 +65,7 @@ def _rms_norm(
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    first, row = tl.program_id(0) * SPAN, tl.program_id(1).to(tl.int64)
+    first, row = tl.program_id(1) * SPAN, tl.program_id(0).to(tl.int64)
     x += row * row_stride
     out += row * GROUPS * SPAN
     squares = tl.zeros((BLOCK,), tl.float32)

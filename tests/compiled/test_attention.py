@@ -91,7 +91,7 @@ def test_decode(arch, dtype):
 
 @pytest.mark.parametrize(("arch", "dtype"), SUPPORTED, ids=str)
 def test_rows_together_are_rows_alone(arch, dtype):
-    """A tile of 64 queries and 8 warps against one of 16 and 4, over the end of a tile of keys."""
+    """A tile of 4 warps with 16 queries each against one of 16 that the warps share, over the end of a tile of keys."""
     example = Example(dtype, positions=(62,), rows=4, heads=16, kv_heads=1)
     with execute(arch):
         together = example.decode(attention.decode_attention, [0])

@@ -20,11 +20,9 @@ def test_files_are_found():
     assert {path.parent.name for path in FILES} == {"interpreted", "kernels"}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no wheels for this platform")
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_interpreted(path):
-    result = subprocess.run(
+def interpret(path: Path) -> subprocess.CompletedProcess[str]:
+    """A pytest over one file."""
+    return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(path.relative_to(ROOT))],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -32,5 +30,13 @@ def test_interpreted(path):
         text=True,
         check=False,
     )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no wheels for this platform")
+@pytest.mark.timeout(1200)
+@pytest.mark.early(job=interpret)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_interpreted(path, early, request):
+    result = early[request.node.nodeid].result()
     if result.returncode:
         pytest.fail(f"{path.name}: exit status {result.returncode}\n{result.stdout}\n{result.stderr}", pytrace=False)

@@ -88,6 +88,7 @@ CASES = (
     decode_case(128, 16),
     decode_case(32, 32),
     decode_case(8, 64),
+    decode_case(8, 64, rows=2),
     decode_case(8, 64, rows=4),
     decode_case(32, 64, FP8),
     decode_case(8, 64, FP8, rows=4),
