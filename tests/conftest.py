@@ -19,7 +19,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def early(request: pytest.FixtureRequest) -> Iterator[dict[str, "Future[Any]"]]:
-    """Results of tests marked ``early(job=function)``, by node id: function(**parameters), begun when the session begins.
+    """Results of tests marked ``early(job=function)``, by node id: function(**parameters), begun with the session.
 
     Such a function waits for a process of its own. One at a time they use the core that pytest leaves idle.
     """

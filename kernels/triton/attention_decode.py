@@ -118,6 +118,9 @@ def _decode_rows(
         FAN=FAN,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        # Left alone, ptxas aims at a third CTA, which shared memory does not allow, and spills to get there; told that
+        # it need not, it keeps more than it has of the largest tile.
+        maxnreg=255 if len(tiles.queries) == 1 else None,
         enable_fp_fusion=False,
     )
 
@@ -162,8 +165,7 @@ def _decode(
     last = first + ROWS - 1
     if part > last // SEGMENT:
         return
-    table = page_table + tl.load(slots + sequence) * table_stride
-    row = sequence * rows + skipped
+    row, table = sequence * rows + skipped, page_table + tl.load(slots + sequence) * table_stride
     keys, values = keys + head * WIDTH, values + head * WIDTH
     if _is_part_of(part, first, SEGMENT, PARTS) or _is_part_of(part, last, SEGMENT, PARTS):
         # Who will read a new token writes it: nobody else needs it in this launch.

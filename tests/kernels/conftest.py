@@ -31,6 +31,7 @@ if INTERPRETED:
         with sanitizer.sanitize(seed=zlib.crc32(request.node.nodeid.encode())):
             yield
 
+
 WAYS = ["triton"] if INTERPRETED else ["reference"]
 if torch.cuda.is_available() and not INTERPRETED:
     WAYS.append(pytest.param("gpu", marks=pytest.mark.gpu))
