@@ -171,8 +171,13 @@ def test_sentencepiece_equals_the_library_on_any_text(pair: Pair, text: str) -> 
 
 
 def plain_ids(pair: Pair) -> st.SearchStrategy[list[int]]:
-    """Lists of ids that the library decodes to their text: no control symbols, no unknown symbol."""
+    """Lists of ids that the library decodes to their text: no control symbols, no unknown symbol.
+
+    Nor the byte piece of a space, which no text encodes to: at the start the library keeps it, and takes it off only
+    where it stands for the dummy prefix; here any leading space is one.
+    """
     shown = sorted(set(range(3, pair[1].vocab_size())) - set(pair[0].markers.values()))
+    shown = [token_id for token_id in shown if pair[1].id_to_piece(token_id) != "<0x20>"]
     return st.lists(st.one_of(st.sampled_from(shown), st.sampled_from(shown[:300])), max_size=20)
 
 
