@@ -13,14 +13,9 @@ from pathlib import Path
 import mistral_common
 import pytest
 import sentencepiece
-from hypothesis import HealthCheck, settings
 
 from headrace import engine
 from headrace.tokenizer import MarkedTokenizer, load
-
-# Clocks decide nothing here: a busy machine must not fail a property.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")
 
 DATA = Path(mistral_common.__file__).parent / "data"
 SENTENCEPIECE = ("tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3")
