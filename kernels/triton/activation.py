@@ -7,14 +7,8 @@ import triton.language as tl
 
 
 @triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)), fp32."""
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
 def silu(x):
-    """x * sigmoid(x), fp32."""
+    """x / (1 + exp(-x)), fp32."""
     return x / (1.0 + tl.exp(-x))
 
 

@@ -64,7 +64,7 @@ def mamba_prefill(
     """
     check_ring(conv, weights, 0)
     length, heads, inner = projected.shape[0], weights.a.shape[0], weights.inner
-    out = torch.empty(length, inner, device=projected.device)
+    out = torch.empty(length, inner, dtype=torch.float32, device=projected.device)
     if not length:
         return out
     channels, taps = weights.conv_weight.shape
@@ -78,8 +78,10 @@ def mamba_prefill(
     )  # fmt: skip
     launch = scan_launch(weights.head_dim, weights.state_size, chunk)
     blocks = triton.cdiv(length, launch.length)
-    scores = torch.empty(blocks, weights.groups, launch.block_t, launch.block_t, device=projected.device)
-    steps = torch.empty(blocks, heads, 2, launch.block_t, device=projected.device)
+    scores = torch.empty(
+        blocks, weights.groups, launch.block_t, launch.block_t, dtype=torch.float32, device=projected.device
+    )
+    steps = torch.empty(blocks, heads, 2, launch.block_t, dtype=torch.float32, device=projected.device)
     # Two warps: one for 16 of at most 32 rows, more would repeat them.
     _scores_kernel[(weights.groups, blocks)](
         projected, projected.stride(0), mixed, mixed.stride(0), weights.a, weights.dt_bias, scores, steps, length,

@@ -52,7 +52,7 @@ def mamba_update(
     """
     check_ring(conv, weights, rows)
     heads = weights.a.shape[0]
-    out = torch.empty(projected.shape[0], weights.inner, device=projected.device)
+    out = torch.empty(projected.shape[0], weights.inner, dtype=torch.float32, device=projected.device)
     if not slots.shape[0]:
         return out
     launch = update_launch(weights.head_dim, weights.state_size)
