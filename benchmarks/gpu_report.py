@@ -1,151 +1,121 @@
 """What only a GPU can tell, in one command: ``python -m benchmarks.gpu_report``.
 
-Compares the ops of a step with their references, times them with a cold L2 against the copy bandwidth measured in the
-same run, runs the engine, and writes a report with the device's name and the commit; the exit status says if an op is
-wrong. ``--device cpu`` goes the same way with the
-references at an eighth of the sizes: good for trying the report itself.
+Compares every op with its reference at the published models' sizes, times it with a cold L2 against the limits measured
+in the same run, runs the engine, and writes a report with the device's name and the commit, and its rows beside it as
+JSON lines. The exit status says if anything is wrong. It is about every backend that works on the device, about the
+references only where there is no other. ``--device cpu`` goes the same way at an eighth of the sizes: good for trying
+the report itself.
 """
 
 from __future__ import annotations
 
-import statistics
-import subprocess
+import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
 
-from benchmarks.conftest import ROOT, device_name
-from benchmarks.ops import DECODE, EIGHTH, PROMPT, SUPER, Bench, Work, decode_attention
-from headrace.engine import Engine, EngineConfig, SamplingParams
+from benchmarks import compare, engine_runs
+from benchmarks.cases import CASES, backends
+from benchmarks.ops import EIGHTH, FULL, Sizes
+from benchmarks.rows import ROOT, Rows, commit, device_name
+from benchmarks.timing import Limit, Timer
+from headrace.engine import Engine, EngineConfig
 from headrace.kernels import select
-
-BATCHES = (1, 8, 32, 128)
-PROMPTS = (256, 2048)
-FLUSH_BYTES = 1 << 29
-LIMITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Largest error that rounding explains: prompts scan in pairs of bf16, bf16 weights round their activations too."""
 
 
 @dataclass(frozen=True, slots=True)
-class Timer:
-    """Median seconds of a call, everything it needs out of L2 before each."""
+class Subject:
+    """What a report is about."""
 
     device: torch.device
-    rounds: int
-    flush: Tensor  # larger than any L2; reading it leaves no line that has still to be written back
-
-    def __call__(self, run: Callable[[], object]) -> float:
-        run()  # compiles
-        return statistics.median(self._once(run) for _ in range(self.rounds))
-
-    def _once(self, run: Callable[[], object]) -> float:
-        if self.device.type == "cpu":
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
-        self.flush.sum()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore
-        torch.cuda.synchronize()
-        torch.cuda._sleep(2_000_000)  # the launches queue up behind it, so that the host's time is not counted
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
+    backend: Any  # of engine.options.Backend
+    sizes: Sizes
+    timer: Timer
+    limit: Limit
+    tokens: int  # of an answer
 
 
-def copy_bandwidth(timer: Timer) -> float:
-    """Bytes per second, read and written, of a large copy."""
-    size = 1 << (30 if timer.device.type == "cuda" else 27)
-    source = torch.ones(size, dtype=torch.uint8, device=timer.device)
-    target = torch.empty_like(source)
-    return 2 * size / timer(lambda: target.copy_(source))
+def compared(subject: Subject) -> Iterator[tuple[str, ...]]:
+    """One line per op and dtype: the worst over all numbers of rows."""
+    kernels, reference = select(subject.backend), select("reference")
+    for found in compare.compare(kernels, reference, CASES, subject.device, subject.sizes):
+        case, rows = found.case, {None: "-", True: "same", False: "DIFFERENT"}[found.same_rows]
+        error = found.failure or f"{found.error:.1e}"
+        yield case.group, case.name, case.dtype, error, str(found.rows), f"{found.limit:.1e}", rows, found.word
+        _make_room()
 
 
-def outputs(work: Work) -> list[Tensor]:
-    out = work.run()
-    parts = out if isinstance(out, tuple) else (out,)
-    return [t.detach().cpu().double() for t in (*parts, *work.advanced)]
+def timed(subject: Subject, rows_file: Rows) -> Iterator[tuple[str, ...]]:
+    """Each op: time, rate of the bytes that must move and of the flops, the limits' time over its own."""
+    kernels = select(subject.backend)
+    for case in CASES:
+        for rows in case.rows(subject.sizes):
+            try:
+                work = case.build(kernels, subject.device, subject.sizes, rows)
+                seconds = subject.timer(work.run)
+            except Exception as failure:  # the other rows are worth having
+                yield case.group, case.name, str(rows), _short(failure), "", "", "FAILED"
+                continue
+            config = {
+                "op": case.name, "rows": rows, "backend": subject.backend, "on": subject.device.type,
+                "sizes": subject.sizes.name, "dtype": case.dtype, "minimum_bytes": work.minimum_bytes,
+                "flops": work.flops,
+            }  # fmt: skip
+            rows_file.add(f"{case.group}[{subject.backend}-{case.name}-{rows}]", case.group, seconds, config)
+            median = seconds[len(seconds) // 2]
+            rates = f"{work.minimum_bytes / median / 1e9:.0f}", f"{work.flops / median / 1e9:.0f}"
+            share = subject.limit.seconds(work.minimum_bytes, work.flops) / median
+            yield case.group, case.name, str(rows), f"{median * 1e6:.1f}", *rates, f"{share:.2f}"
+            del work
+            _make_room()
 
 
-def error(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference relative to the root mean square of what it should be; NaN where there is one.
-
-    Raises ValueError if shapes differ.
-    """
-    worst = [0.0]
-    for a, e in zip(actual, expected, strict=True):
-        if a.shape != e.shape:
-            raise ValueError(f"shape {tuple(a.shape)}, expected {tuple(e.shape)}")
-        if e.numel():
-            scale = e.square().mean().sqrt().clamp(min=1e-30)
-            worst.append(float((a - e).abs().max() / scale))
-    return float(torch.tensor(worst).max())  # torch's max hands a NaN on, Python's does not
+def _make_room() -> None:
+    """One op's memory goes before the next one's comes."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def compared(device: torch.device, backend: str) -> Iterator[tuple[str, ...]]:
-    """Each op at an eighth of the sizes, fp32 and bf16 weights, beside its reference."""
-    for dtype in (torch.float32, torch.bfloat16):
-        ours = Bench(select(backend), device, dtype, EIGHTH)
-        theirs = Bench(select("reference"), torch.device("cpu"), dtype, EIGHTH)
-        for group, ops, rows in (("decode", DECODE, 7), ("prompt", PROMPT, 300)):
-            for name, make in ops.items():
-                try:
-                    worst = error(outputs(make(ours, rows)), outputs(make(theirs, rows)))
-                    found = f"{worst:.1e}", "ok" if worst <= LIMITS[dtype] else "WRONG"
-                except Exception as failure:  # the other rows are worth having
-                    found = f"{type(failure).__name__}: {failure}".replace("\n", " ")[:120], "FAILED"
-                yield group, name, str(dtype).removeprefix("torch."), *found
+def _short(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}".replace("\n", " ")[:160]
 
 
-def timed(bench: Bench, timer: Timer, bandwidth: float) -> Iterator[tuple[str, ...]]:
-    """Each op at full size: time, rate of the bytes that must move, share of the copy bandwidth."""
-    gpu = timer.device.type == "cuda"
-    long = {"decode_attention 32k": lambda b, rows: decode_attention(b, rows, 32768)} if gpu else {}
-    batches, prompts = (BATCHES, PROMPTS) if gpu else (BATCHES[:2], PROMPTS[:1])
-    for group, ops, sizes in (("decode", DECODE | long, batches), ("prompt", PROMPT, prompts)):
-        for name, make in ops.items():
-            for rows in sizes:
-                try:
-                    work = make(bench, rows)
-                    seconds = timer(work.run)
-                    rate = work.minimum_bytes / seconds
-                    found = f"{seconds * 1e6:.1f}", f"{rate / 1e9:.0f}", f"{rate / bandwidth:.2f}"
-                except Exception as failure:
-                    found = f"{type(failure).__name__}: {failure}".replace("\n", " ")[:120], "", ""
-                yield group, name, str(rows), *found
-                work = None  # its memory goes before the next one's comes
-
-
-def engine_runs(config: EngineConfig) -> Iterator[tuple[str, ...]]:
-    """The embedded model answering: tokens per second, and whether every answer is what it is alone."""
-    with Engine(config=config) as engine:
-        params = [SamplingParams(temperature=1.0, seed=i, max_tokens=64, ignore_eos=True) for i in range(128)]
-        prompts = [engine.prompt_ids([{"role": "user", "content": f"{i} + {3 * i}"}]).ids for i in range(128)]
-
-        def together(count: int) -> tuple[list[tuple[int, ...]], float]:
-            start = time.perf_counter()
-            streams = [engine.generate_stream(prompts[i], params[i]) for i in range(count)]
-            tokens = [tuple(t for e in stream for t in getattr(e, "token_ids", ())) for stream in streams]
-            return tokens, count * 64 / (time.perf_counter() - start)
-
-        together(2)
-        alone = [together_one(engine, prompts[i], params[i]) for i in range(4)]
-        for count in (1, 32, 128):
-            tokens, speed = together(count)
-            same = sum(a == b for a, b in zip(alone, tokens, strict=False))
-            yield str(count), f"{speed:.0f}", f"{same} of {min(4, count)}"
-
-
-def together_one(engine: Engine, prompt: Any, params: SamplingParams) -> tuple[int, ...]:
-    """One request with nothing beside it."""
-    return tuple(t for event in engine.generate_stream(prompt, params) for t in getattr(event, "token_ids", ()))
+def engine_sections(subject: Subject) -> Iterator[str]:
+    """The embedded model and a slice of Super at work."""
+    config = EngineConfig(
+        device=str(subject.device), backend=subject.backend, max_sequences=engine_runs.BATCHES[-1], max_context=512
+    )
+    times = engine_runs.OpTimes(subject.device)
+    layers = f"layers {engine_runs.LAYERS} of Super, {subject.sizes.name} widths, random weights"
+    models: dict[str, Callable[[], Engine]] = {
+        "the embedded model": partial(Engine, config=config),
+        layers: partial(engine_runs.slice_of_super, subject.sizes.super, config, times),
+    }
+    header = ("requests", "tok/s", "ms a decode step", "same tokens as alone")
+    for name, start in models.items():
+        text = f"## {subject.backend}, engine: {name}\n\n{subject.tokens} tokens a request, temperature 1.\n\n"
+        try:
+            with start() as engine:
+                load = engine_runs.Load(engine, subject.tokens)
+                text += markdown(header, engine_runs.speeds(load, times))
+                if name == layers:
+                    text += (
+                        "\n\nThe ops of its decode steps: medians of the time until a call returns and of the time "
+                        "between two events around it, which waits for the host where that is slower.\n\n"
+                    )
+                    columns = ("requests", "op", "calls a step", "us a call, host", "us a call, device")
+                    text += markdown(columns, engine_runs.op_times(load, times))
+        except Exception as failure:  # what is known is worth having
+            text += f"\n\nFAILED: {_short(failure)}"
+        yield text
+        _make_room()
 
 
 def markdown(header: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
@@ -157,31 +127,42 @@ def markdown(header: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def report(device: torch.device, backend: str) -> Iterator[str]:
-    """The report's sections as markdown, as they are done."""
+def sections(subject: Subject, rows_file: Rows) -> Iterator[str]:
+    """One backend's part of the report as markdown, as it is done."""
+    sizes = subject.sizes.name
+    columns: tuple[str, ...] = ("group", "op", "dtypes", "error", "at rows", "limit", "rows in batches", "")
+    yield (
+        f"## {subject.backend} against the references\n\nSizes: {sizes}. The largest difference, relative to the value "
+        "or to the root mean square; nan where there is one, inf where integers differ. Rows in batches: whether a "
+        "row's bits are the same in all.\n\n" + markdown(columns, compared(subject))
+    )
+    columns = ("group", "op", "rows", "us", "GB/s", "GFLOP/s", "of limits")
+    yield (
+        f"## {subject.backend}, times\n\nSizes: {sizes}. Cold L2 on a GPU, medians of {subject.timer.rounds}; of bytes "
+        "and flops those that cannot be avoided.\n\n" + markdown(columns, timed(subject, rows_file))
+    )
+    yield from engine_sections(subject)
+
+
+def title(device: torch.device, limit: Limit) -> str:
+    """What the report is about and what its times are compared with."""
+    return (
+        f"# {device_name(device.type)}\n\nCommit {commit()}, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}, "
+        f"triton {triton_version()}. All figures below are measured. Limits: {limit.bytes_per_s / 1e9:.0f} GB/s "
+        f"({limit.bytes_by}), {limit.flops_per_s / 1e9:.0f} GFLOP/s ({limit.flops_by})."
+    )
+
+
+def report(device: torch.device, rows_file: Rows) -> Iterator[str]:
+    """The sections, as they are done."""
     gpu = device.type == "cuda"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    timer = Timer(device, 20 if gpu else 3, torch.ones(FLUSH_BYTES if gpu else 1, dtype=torch.uint8, device=device))
-    bench = Bench(select(backend), device, torch.bfloat16 if gpu else torch.float32, SUPER if gpu else EIGHTH)
-    bandwidth = copy_bandwidth(timer)
-    yield (
-        f"# {device_name(device.type)}, backend {backend}\n\nCommit {commit}, {time.strftime('%Y-%m-%d')}, torch "
-        f"{torch.__version__}, triton {triton_version()}. Copy bandwidth measured: {bandwidth / 1e9:.0f} GB/s. All "
-        "figures below are measured."
-    )
-    yield (
-        "## Against the references\n\nLargest difference over the root mean square, at an eighth of the sizes.\n\n"
-        + (markdown(("group", "op", "weights", "error", ""), compared(device, backend)))
-    )
-    sizes = "Super's sizes" if gpu else "An eighth of Super's sizes"
-    yield f"## Times\n\n{sizes}, cold L2, medians of {timer.rounds}.\n\n" + markdown(
-        ("group", "op", "rows", "us", "GB/s", "of copy"), timed(bench, timer, bandwidth)
-    )
-    yield "## Engine\n\nThe embedded model, 64 tokens a request, temperature 1; beside the same requests alone.\n\n" + (
-        markdown(("requests", "tok/s", "same tokens"), engine_runs(EngineConfig(device=str(device), max_sequences=128)))
-    )
+    yield title(device, limit := rows_file.limits[-1])
+    found = backends(device)
+    for backend in [name for name in found if name != "reference"] or found:
+        timer = Timer.on(device, 20 if gpu else 3)
+        yield from sections(
+            Subject(device, backend, FULL if gpu else EIGHTH, timer, limit, tokens=64 if gpu else 8), rows_file
+        )
 
 
 def triton_version() -> str:
@@ -201,16 +182,16 @@ def main(
     chosen = torch.device(device)
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
-            raise typer.BadParameter("torch sees no CUDA device; --device cpu tries the report with the references")
+            raise typer.BadParameter("torch sees no CUDA device; --device cpu tries the report there")
         torch.cuda.set_device(chosen)
     name = "".join(c if c.isalnum() else "-" for c in device_name(chosen.type).lower()).strip("-")
     path = out or ROOT / "benchmarks" / "results" / f"{time.strftime('%Y-%m-%d')}-{name}.md"
-    sections: list[str] = []
-    for section in report(chosen, "triton" if chosen.type == "cuda" else "reference"):
-        sections.append(section)
-        path.write_text("\n\n".join(sections) + "\n")  # what is known so far, should the next section not end well
+    written: list[str] = []
+    for section in report(chosen, Rows(path.with_suffix(".jsonl"), chosen)):
+        written.append(section)
+        path.write_text("\n\n".join(written) + "\n")  # what is known so far, should the next section not end well
     print(f"wrote {path}")
-    if any("WRONG" in section or "FAILED" in section for section in sections):
+    if any(word in section for section in written for word in ("WRONG", "FAILED")):
         raise typer.Exit(1)
 
 

@@ -1,55 +1,65 @@
-"""Every op of a step: the Triton kernels at Super's sizes on a GPU, the references at an eighth of them on a CPU."""
+"""Every op of a step on every backend: full sizes on a GPU, an eighth of them on a CPU (``--sizes`` for others)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.ops import DECODE, EIGHTH, PROMPT, SUPER, Bench, Work
+from benchmarks.cases import CASES, Case, backends
+from benchmarks.ops import SIZES, Sizes
 from headrace.kernels import select
 
-GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+kernels_of = cache(select)  # once each: a backend may have threads of its own
 
 
-@pytest.fixture(scope="module")
-def bench(request: pytest.FixtureRequest) -> Bench:
-    if GPU:
-        # Untimed, in the test suite, the small sizes do: Super's experts take 11 GB while they are packed.
-        timed = not request.config.getoption("benchmark_disable")
-        return Bench(select("triton"), torch.device("cuda"), torch.bfloat16, SUPER if timed else EIGHTH)
-    return Bench(select("reference"), torch.device("cpu"), torch.float32, EIGHTH)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Backend, case and rows. Untimed, in the test suite, one small size does."""
+    config = metafunc.config
+    timed = not config.getoption("benchmark_disable")
+    name = config.getoption("--sizes") or ("full" if timed and DEVICE.type == "cuda" else "eighth")
+    if name not in SIZES:
+        raise pytest.UsageError(f"--sizes must be {' or '.join(SIZES)}, got {name!r}")
+    sizes = SIZES[name]
+    group = metafunc.function.__name__.removeprefix("test_")
+    runs = [
+        pytest.param(backend, case, sizes, rows, id=f"{backend}-{case.name}-{rows}")
+        for backend in backends(DEVICE)
+        for case in CASES
+        if case.group == group
+        for rows in (case.rows(sizes) if timed else case.rows(sizes)[:2][-1:])
+    ]
+    metafunc.parametrize(("backend", "case", "sizes", "rows"), runs)
 
 
-def measure(benchmark: Any, bench: Bench, name: str, rows: int, make: Callable[[Bench, int], Work]) -> None:
-    work = make(bench, rows)
+def measure(benchmark: Any, backend: str, case: Case, sizes: Sizes, rows: int) -> None:
+    work = case.build(kernels_of(backend), DEVICE, sizes, rows)
 
-    def run() -> Any:
-        out = work.run()
-        if GPU:
+    def run() -> tuple[torch.Tensor, ...]:
+        out = work.results()
+        if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         return out
 
     benchmark.extra_info.update(
-        op=name, rows=rows, shape="Super" if bench.shape is SUPER else "an eighth", minimum_bytes=work.minimum_bytes
-    )
-    out = benchmark.pedantic(run, rounds=20 if GPU else 7, warmup_rounds=2)
-    assert not any(t.isnan().any() for t in (out if isinstance(out, tuple) else (out,)))
+        op=case.name, rows=rows, backend=backend, on=DEVICE.type, sizes=sizes.name, dtype=case.dtype,
+        minimum_bytes=work.minimum_bytes, flops=work.flops,
+    )  # fmt: skip
+    out = benchmark.pedantic(run, rounds=20 if DEVICE.type == "cuda" else 7, warmup_rounds=2)
+    assert not any(t.isnan().any() for t in out)
 
 
 @pytest.mark.benchmark(group="decode")
-@pytest.mark.parametrize("rows", [1, 8, 32, 128] if GPU else [1, 8, 32])
-@pytest.mark.parametrize("name", DECODE)
-def test_decode(benchmark: Any, bench: Bench, name: str, rows: int) -> None:
+def test_decode(benchmark: Any, backend: str, case: Case, sizes: Sizes, rows: int) -> None:
     """One op for ``rows`` sequences, from call to result."""
-    measure(benchmark, bench, name, rows, DECODE[name])
+    measure(benchmark, backend, case, sizes, rows)
 
 
 @pytest.mark.benchmark(group="prompt")
-@pytest.mark.parametrize("rows", [256, 2048] if GPU else [256])
-@pytest.mark.parametrize("name", PROMPT)
-def test_prompt(benchmark: Any, bench: Bench, name: str, rows: int) -> None:
+def test_prompt(benchmark: Any, backend: str, case: Case, sizes: Sizes, rows: int) -> None:
     """One op for ``rows`` tokens of one prompt, from call to result."""
-    measure(benchmark, bench, name, rows, PROMPT[name])
+    measure(benchmark, backend, case, sizes, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import threading
 import weakref
@@ -25,13 +26,15 @@ from headrace.engine.options import EngineConfig
 from headrace.engine.request import ChatOptions, Completion, SamplingParams
 from headrace.engine.run.device import Device
 from headrace.engine.run.memory import CacheSizes, plan_caches
+from headrace.engine.run.padding import padding_rows
 from headrace.engine.run.runner import Model, Runner
+from headrace.engine.run.warm_up import warm_up_plans
 from headrace.engine.schedule import scheduler as scheduling
 from headrace.engine.schedule import sequence as sequences
 from headrace.engine.schedule.plan import SlotParams
 from headrace.engine.stream import ChoiceReader, Collector, Stream
 from headrace.engine.waiting import LoopWaiter, ThreadWaiter
-from headrace.kernels import select
+from headrace.kernels import Kernels, select
 from headrace.kernels.control import ControlIds
 from headrace.tokenizer import (
     ChatError,
@@ -44,6 +47,7 @@ from headrace.tokenizer import (
 )
 from headrace.tokenizer import load as load_tokenizer
 
+LOG = logging.getLogger(__name__)
 EMBEDDED_MODEL = Path(__file__).parent / "tiny"
 EMBEDDED_NAME = "headrace-tiny"
 Message = Mapping[str, Any]
@@ -75,9 +79,10 @@ class Engine:
         cache_sizes(model_config, config, Device(config.device))
         # A base model has no template: it generates, and refuses to chat.
         template = ChatTemplate.load(path, tokenizer) if has_chat_template(path) else None
-        network = load_model(path, device=config.device, progress=progress, backend=config.kernels)
+        kernels = select_kernels(config)
+        network = load_model(path, device=config.device, progress=progress, kernels=kernels)
         name = EMBEDDED_NAME if model is None else path.resolve().name
-        self._assemble(network, network.config, tokenizer, template, name, config)
+        self._assemble(network, kernels, network.config, tokenizer, template, name, config)
 
     @classmethod
     def from_parts(
@@ -91,13 +96,15 @@ class Engine:
         config: EngineConfig | None = None,
     ) -> Engine:
         """An engine around a network of your own: anything with ``forward`` and ``logits`` (run.runner.Model)."""
-        engine = cls.__new__(cls)
-        engine._assemble(network, model_config, tokenizer, template, name, config or EngineConfig())
+        engine, config = cls.__new__(cls), config or EngineConfig()
+        kernels = select_kernels(config)
+        engine._assemble(network, kernels, model_config, tokenizer, template, name, config)
         return engine
 
     def _assemble(
         self,
         network: Model,
+        kernels: Kernels,
         model_config: ModelConfig,
         tokenizer: Tokenizer,
         template: ChatTemplate | None,
@@ -115,11 +122,13 @@ class Engine:
         self.sizes: CacheSizes = cache_sizes(model_config, config, device)
         sizes, dtype = self.sizes, getattr(torch, config.torch_cache_dtype)
         with device.work():  # what is zeroed here is zero before the first step reads it
-            caches = Caches.allocate(
-                model_config, sizes.num_slots, sizes.num_pages, sizes.page_size, config.device, dtype
-            )
-            runner = Runner(network, select(config.kernels), caches, sizes, self.control, device)
-        self._scheduler = scheduling.Scheduler(scheduler_limits(config, sizes, model_config))
+            slots, pages = sizes.num_slots + sizes.padding, sizes.num_pages + sizes.padding
+            caches = Caches.allocate(model_config, slots, pages, sizes.page_size, config.device, dtype)
+            runner = Runner(network, kernels, caches, sizes, self.control, device)
+        limits = scheduler_limits(config, sizes, model_config)
+        if config.warms_up:
+            runner.warm_up(warm_up_plans(limits, model_config.vocab_size))
+        self._scheduler = scheduling.Scheduler(limits)
         self._loop = EngineLoop(self._scheduler, runner, config.max_waiting, model_config.vocab_size)
         self._loop_waiters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopWaiter] = (
             weakref.WeakKeyDictionary()
@@ -393,6 +402,13 @@ def control_ids(tokenizer: Tokenizer, closing_text: str = "") -> ControlIds:
     )
 
 
+def select_kernels(config: EngineConfig) -> Kernels:
+    """The kernels that a configuration asks for; says so where a CPU falls back to the references."""
+    if config.kernels == "reference" and config.backend == "auto":
+        LOG.warning("the native CPU kernels were not built: running the references, which are slow")
+    return select(config.kernels, threads=config.threads, instructions=config.instructions)
+
+
 def check_control_ids(control: ControlIds, model: ModelConfig) -> None:
     """Raises ConfigError if the tokenizer has control ids that the model has no embedding for."""
     if (highest := max(control.eos + control.closing, default=0)) >= model.vocab_size:
@@ -412,6 +428,7 @@ def cache_sizes(model: ModelConfig, config: EngineConfig, device: Device) -> Cac
         num_pages=config.num_pages,
         cache_bytes=config.cache_bytes,
         step_bytes=step_bytes(model, config),
+        padding=padding_rows(config.kernels, config.max_sequences),
     )
 
 

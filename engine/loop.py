@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from headrace.engine.request import Mask
 from headrace.engine.run.device import DeviceLost
 from headrace.engine.schedule.plan import StepPlan, StepResult
 from headrace.engine.schedule.scheduler import Outcome, Scheduler
-from headrace.engine.schedule.sequence import Sequence
+from headrace.engine.schedule.sequence import Sequence, Status
 from headrace.engine.waiting import Waiter
 from headrace.kernels.control import ControlIds, Finish, Phase
 
@@ -60,6 +61,13 @@ class Inbox:
     waiter: Waiter
     items: deque[Token | tuple[int, int] | End] = field(default_factory=deque)
     on_arrival: Callable[[], None] | None = None
+    submitted: float = field(default_factory=time.monotonic)
+    admitted: float | None = None  # when it first got a slot
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """The wait for a slot; None if there never was one."""
+        return None if self.admitted is None else self.admitted - self.submitted
 
     def put(self, item: Token | tuple[int, int] | End) -> None:
         """Deliver one item. Raises what ``on_arrival`` raises."""
@@ -185,6 +193,8 @@ class EngineLoop:
             while self._read_mail():
                 plan = self._scheduler.schedule()
                 if plan is not None:
+                    if plan.starts:
+                        self._note_admissions()
                     self._step(plan)
         except BaseException as error:  # a fault of ours, not of a step: nobody may wait for ever
             logger.exception("the engine thread failed")
@@ -215,6 +225,13 @@ class EngineLoop:
             self._scheduler.submit(sequence)
             if masks:
                 self._masks[sequence] = masks[i]
+
+    def _note_admissions(self) -> None:
+        now = time.monotonic()
+        with self._condition:
+            for sequence in self._live:
+                if sequence.sink.admitted is None and sequence.status is not Status.WAITING:
+                    sequence.sink.admitted = now
 
     def _abort(self, sequence: Sequence) -> None:
         if self._scheduler.abort(sequence):

@@ -7,7 +7,10 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Backend = Literal["auto", "reference", "triton"]
+from headrace.kernels import native_is_built
+
+Backend = Literal["auto", "reference", "native", "triton"]
+Instructions = Literal["auto", "portable", "avx2", "avx512", "avx512_bf16"]
 CacheDtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -15,7 +18,7 @@ CacheDtype = Literal["auto", "float32", "bfloat16"]
 class EngineConfig:
     """Sizes and limits of one engine. Every field is checked on construction (ValueError naming it).
 
-    max_sequences       sequences that decode together = Mamba slots
+    max_sequences       sequences that decode together = Mamba slots; the Triton kernels have up to 7 more, for padding
     max_batched_tokens  rows of one step; None: prefill_chunk + max_sequences, the least that is valid
     prefill_chunk       prompt tokens of one sequence per step; rounded up to the model's SSD chunk size
     page_size           tokens per KV page
@@ -27,8 +30,14 @@ class EngineConfig:
     preempt_bytes       host memory for preempted sequences; when it is full they are recomputed instead
     closing_text        text forced before ``</think>`` when a budget runs out ("" = the bare marker)
     device              "cpu", "cuda" or "cuda:N"
-    backend             kernels: "reference" (plain torch), "triton"; "auto": triton on a CUDA device, else reference
+    backend             kernels: "native" (C++), "triton", "reference" (plain torch); "auto": triton on a CUDA device,
+                        on a CPU native, or reference where the native kernels were not built
+    threads             threads of the native kernels; None: one per core that this process may use
+    instructions        the native kernels' instruction path: "portable", "avx2", "avx512" give the same bits, "auto"
+                        is the best of them; "avx512_bf16" rounds activations to bfloat16, for twice the flops
     cache_dtype         of keys, values and convolution inputs: "float32", "bfloat16"; "auto": bfloat16 on a CUDA device
+    warm_up             run steps of every size while loading, so that no request waits for a kernel to be compiled;
+                        None: on a CUDA device
     """
 
     max_sequences: int = 64
@@ -43,12 +52,15 @@ class EngineConfig:
     closing_text: str = ""
     device: str = "cpu"
     backend: Backend = "auto"
+    threads: int | None = None
+    instructions: Instructions = "auto"
     cache_dtype: CacheDtype = "auto"
+    warm_up: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "prefill_chunk", "page_size", "max_waiting"):
             _check_int(name, getattr(self, name), 1)
-        for name in ("max_batched_tokens", "num_pages", "cache_bytes"):
+        for name in ("max_batched_tokens", "num_pages", "cache_bytes", "threads"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
         if self.max_context is not None:
@@ -58,9 +70,16 @@ class EngineConfig:
             raise ValueError(f"closing_text must be a string, got {self.closing_text!r}")
         if not isinstance(self.device, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {self.device!r}")
-        for name, allowed in (("backend", get_args(Backend)), ("cache_dtype", get_args(CacheDtype))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name, kind in (("backend", Backend), ("instructions", Instructions), ("cache_dtype", CacheDtype)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        if not isinstance(self.warm_up, bool | None):
+            raise ValueError(f"warm_up must be true, false or None, got {self.warm_up!r}")
+        if self.backend == "native" and self.device != "cpu":
+            raise ValueError(f"backend 'native' runs on device 'cpu', not on {self.device!r}")
+        for name, unset in (("threads", None), ("instructions", "auto")):
+            if getattr(self, name) != unset and self.kernels != "native":
+                raise ValueError(f"{name}: an option of the native kernels, and these are {self.kernels!r}")
         if self.backend == "triton" and self.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError("backend 'triton' needs a CUDA device (or TRITON_INTERPRET=1, for tests)")
 
@@ -69,7 +88,9 @@ class EngineConfig:
         """The backend's name in the table of kernels."""
         if self.backend != "auto":
             return self.backend
-        return "reference" if self.device == "cpu" else "triton"
+        if self.device != "cpu":
+            return "triton"
+        return "native" if native_is_built() else "reference"
 
     @property
     def torch_cache_dtype(self) -> str:
@@ -77,6 +98,11 @@ class EngineConfig:
         if self.cache_dtype != "auto":
             return self.cache_dtype
         return "float32" if self.device == "cpu" else "bfloat16"
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether loading runs steps of every size."""
+        return self.device != "cpu" if self.warm_up is None else self.warm_up
 
 
 def _check_int(name: str, value: object, low: int) -> None:

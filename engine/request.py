@@ -152,7 +152,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The one terminal event of a choice. ``token_ids`` are those that no delta carried, such as end-of-sequence."""
+    """The one terminal event of a choice. ``token_ids`` are those that no delta carried, such as end-of-sequence.
+
+    ``queue_seconds`` is how long the choice waited for a slot, None if it never had one.
+    """
 
     index: int
     reason: FinishReason
@@ -160,6 +163,7 @@ class Finished:
     stop_string: str | None = None
     error: str | None = None
     token_ids: tuple[int, ...] = ()
+    queue_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

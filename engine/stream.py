@@ -157,7 +157,7 @@ class ChoiceReader:
 
     def _close(self, reason: FinishReason, stop_string: str | None = None, error: str | None = None) -> None:
         usage = Usage(self._prompt_tokens, self._completion_tokens, self._reasoning_tokens)
-        self._end = Finished(self.index, reason, usage, stop_string, error)
+        self._end = Finished(self.index, reason, usage, stop_string, error, queue_seconds=self.inbox.queue_seconds)
 
 
 class Stream:

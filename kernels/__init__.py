@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -50,12 +51,16 @@ MODULES = {
 }
 """Which module states an op's contract. A backend has a module of the same name for it."""
 
-BACKENDS = {"reference": "headrace.kernels", "triton": "headrace.kernels.triton"}
+BACKENDS = {"reference": "headrace.kernels", "native": "headrace.kernels.native", "triton": "headrace.kernels.triton"}
 """Packages by backend; imported when selected, since not every machine has what they need."""
 
 
-def select(backend: str = "reference") -> Kernels:
-    """The backend's ops. Raises ValueError for an unknown backend, or one whose needs are not installed."""
+def select(backend: str = "reference", *, threads: int | None = None, instructions: str = "auto") -> Kernels:
+    """The backend's ops. The native backend runs on ``threads`` threads (None: one per core this process may use), by
+    ``instructions`` (native.library.PATHS, or "auto").
+
+    Raises ValueError for an unknown backend, or one whose needs are not installed or not this machine's.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
 
@@ -65,4 +70,20 @@ def select(backend: str = "reference") -> Kernels:
         except ModuleNotFoundError as error:
             raise ValueError(f"backend {backend!r} needs the package {error.name!r}, which is not installed") from error
 
-    return Kernels(**{field.name: getattr(module(field.name), field.name) for field in fields(Kernels)})
+    ops = {field.name: getattr(module(field.name), field.name) for field in fields(Kernels)}
+    if backend == "native":
+        from headrace.kernels.native.library import NotBuilt, Pool, available_cores
+
+        try:
+            pool = Pool(threads or available_cores(), instructions)
+        except NotBuilt as error:
+            raise ValueError(f"backend 'native': {error}") from error
+        ops = {name: partial(op, pool=pool) for name, op in ops.items()}
+    return Kernels(**ops)
+
+
+def native_is_built() -> bool:
+    """Whether the C++ kernels were compiled when this package was installed."""
+    from headrace.kernels.native.library import find
+
+    return find("portable") is not None

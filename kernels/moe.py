@@ -1,7 +1,7 @@
 """Mixture of experts: sigmoid routing with a selection bias, experts of two matrices with squared ReLU, weighted sum.
 
     s = sigmoid(logits);  picked = top-k of (s + bias);  w = scale * s[picked] / (sum s[picked] + 1e-20)
-    y = sum_j w_j * down_{picked_j} relu(up_{picked_j} x)^2
+    y = sum_j w_j * down_{picked_j} relu(up_{picked_j} x)^2 [+ residual]
 
 Source: DeepSeek-V3's router as Nemotron 3 uses it. The bias only selects. With group-limited routing the experts
 form ``groups`` equal runs; a group's score is the sum of its two best (s + bias), and only the ``topk_groups`` best
@@ -11,6 +11,7 @@ groups take part. Ties go to the lowest index, of groups and of experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -47,9 +48,34 @@ class PackedExperts:
     down: Tensor  # [E, K, I] fp32
 
 
-def pack_experts(up: Tensor, down: Tensor) -> PackedExperts:
-    """Prepare experts' weights up [E, I, K], down [E, K, I] (fp32, bf16, fp16) for ``experts``; once, at load."""
-    return PackedExperts(up.float(), down.float())
+class Matrices(Protocol):
+    """One matrix per expert, all of one shape and dtype: a stacked tensor, or a file's tensors read one by one.
+
+    What was given may be overwritten by what is asked for next.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, expert: int) -> Tensor: ...
+
+
+def pack_experts(up: Matrices, down: Matrices) -> PackedExperts:
+    """Prepare experts' weights, E of up [I, K] and of down [K, I] (fp32, bf16, fp16), for ``experts``; once, at load.
+
+    Each matrix is asked for once, and not kept beside the result.
+    """
+    return PackedExperts(_stacked(up), _stacked(down))
+
+
+def _stacked(matrices: Matrices) -> Tensor:
+    first = matrices[0]
+    stacked = torch.empty(len(matrices), *first.shape, device=first.device)
+    for expert in range(len(matrices)):
+        stacked[expert] = matrices[expert] if expert else first
+    return stacked
 
 
 def route(logits: Tensor, bias: Tensor, routing: Routing) -> Routes:
@@ -79,10 +105,11 @@ def _top(values: Tensor, k: int) -> Tensor:
     return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
-def experts(x: Tensor, packed: PackedExperts, routes: Routes) -> Tensor:
+def experts(x: Tensor, packed: PackedExperts, routes: Routes, *, residual: Tensor | None = None) -> Tensor:
     """The routed experts' weighted sum: x [T, K] fp32 (rows strided as they like) -> [T, K] fp32.
 
     Each (row, expert) pair is a row of that expert's 16-row tiles; a row's terms are added in the order picked.
+    residual [T, K] fp32 (rows strided as they like): added to that sum, last.
     """
     picked, up, down = routes.experts, packed.up, packed.down
     rows, top_k = picked.shape
@@ -101,7 +128,7 @@ def experts(x: Tensor, packed: PackedExperts, routes: Routes) -> Tensor:
     total = terms[:, 0]
     for j in range(1, top_k):
         total = total + terms[:, j]
-    return total
+    return total if residual is None else residual + total
 
 
 def _places(pairs: Tensor, experts: int) -> tuple[Tensor, list[int]]:

@@ -63,12 +63,13 @@ class SamplerState:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What one step decided, each [rows].
+    """What one step decided, each [rows]; the integers are rows of one tensor, so that one copy brings them all.
 
     A row whose slot had already finished, or whose logits are broken, decides nothing: its token is -1, and its
     log-probabilities and top ids mean nothing.
     """
 
+    integers: Tensor  # int64 [3, >= rows]: tokens, phases, finish; what is beyond rows means nothing
     tokens: Tensor  # int64
     phases: Tensor  # int64, the Phase in which the token was decided
     finish: Tensor  # int64, Finish after the token
@@ -110,8 +111,9 @@ def sample(
         if top_logprobs:
             top_ids, top_logp = _top(table, top_logprobs)
     finish = _advance(tokens, slots, state, control, decided, failed)
-    tokens = torch.where(decided, tokens, -1)
-    return Sampled(tokens, phases, finish, logp, top_ids, top_logp)
+    integers = torch.stack([torch.where(decided, tokens, -1), phases, finish])
+    tokens, phases, finish = integers.unbind()
+    return Sampled(integers, tokens, phases, finish, logp, top_ids, top_logp)
 
 
 def fixed_point_mass(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,14 @@
 
 Templates come with checkpoints, so they are code of unknown origin. The sandbox keeps them from Python's internals, and
 no messages can make a rendering go on for ever: Jinja loops over finite sequences only, one rendering does at most
-MAX_OPERATIONS loop passes, attribute look-ups and calls, and writes at most MAX_CHARACTERS beyond 8 times what it was
-given. A template written to waste memory still can (`~` doubles a string); messages cannot make one.
+MAX_OPERATIONS loop passes, attribute look-ups and calls, takes at most MAX_SECONDS, and writes at most MAX_CHARACTERS
+beyond 8 times what it was given. `*` and `**` make nothing larger than MAX_CHARACTERS. A template written to waste
+memory still can (`~` doubles a string); messages cannot make one.
 """
 
 import json
 import threading
+import time
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NoReturn
@@ -20,6 +22,9 @@ import jinja2.sandbox
 
 MAX_OPERATIONS = 10_000_000
 MAX_CHARACTERS = 16_000_000
+MAX_SECONDS = 10.0
+_CLOCK_EVERY = 256
+"""Operations between two looks at the clock."""
 
 
 class _Generation(jinja2.ext.Extension):
@@ -34,6 +39,8 @@ class _Generation(jinja2.ext.Extension):
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Counts what a template does, per thread: renderings in several threads do not disturb each other."""
+
+    intercepted_binops = frozenset({"*", "**"})
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
@@ -56,6 +63,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def render(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
         """Renders. Raises jinja2.TemplateError, also where the limits are passed."""
         self._left.operations = MAX_OPERATIONS
+        self._left.deadline = time.monotonic() + MAX_SECONDS
         parts = []
         room = MAX_CHARACTERS + _characters(variables)
         for part in template.generate(variables):
@@ -70,6 +78,15 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self._left.operations = left
         if left < 0:
             raise jinja2.TemplateRuntimeError(f"template does more than {MAX_OPERATIONS} operations")
+        if left % _CLOCK_EVERY == 0 and time.monotonic() > getattr(self._left, "deadline", float("inf")):
+            raise jinja2.TemplateRuntimeError(f"template takes more than {MAX_SECONDS:g} seconds")
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        self._count()
+        size = _size_of_product(left, right) if operator == "*" else _bits_of_power(left, right)
+        if size > MAX_CHARACTERS:
+            raise jinja2.TemplateRuntimeError(f"one {operator} of the template makes more than {MAX_CHARACTERS} of it")
+        return super().call_binop(context, operator, left, right)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         self._count()
@@ -82,6 +99,18 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         self._count()
         return super().call(context, obj, *args, **kwargs)
+
+
+def _size_of_product(left: Any, right: Any) -> int:
+    """Items of a repeated sequence, bits of a product of integers; 0 for everything that does not grow."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() + right.bit_length()
+    sequence, count = (right, left) if isinstance(left, int) else (left, right)
+    return len(sequence) * count if isinstance(count, int) and hasattr(sequence, "__len__") else 0
+
+
+def _bits_of_power(base: Any, exponent: Any) -> int:
+    return base.bit_length() * exponent if isinstance(base, int) and isinstance(exponent, int) else 0
 
 
 def _characters(value: Any) -> int:

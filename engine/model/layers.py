@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +11,11 @@ from torch import Tensor
 from headrace.kernels import Kernels
 from headrace.kernels.norm import Norm
 
-Weights = MutableMapping[str, Tensor]
-"""Tensors by name, as ``weights.names`` lists them. Experts, most of a model, are taken out as they are packed."""
+Weights = Mapping[str, Any]
+"""Tensors by name, as ``weights.names`` lists them; a layer's experts may be any ``kernels.moe.Matrices``.
+
+Each is asked for once, so that a checkpoint can be read as the model is built from it.
+"""
 
 
 class Linear:

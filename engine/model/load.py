@@ -8,16 +8,21 @@ import torch
 
 from headrace.engine.config import ModelConfig
 from headrace.engine.model.nemotron_h import NemotronH
-from headrace.engine.model.weights import load_weights
-from headrace.kernels import select
+from headrace.engine.model.weights import open_weights
+from headrace.kernels import Kernels, select
 
 
 def load_model(
-    path: str | Path, device: torch.device | str = "cpu", *, progress: bool = False, backend: str = "reference"
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    progress: bool = False,
+    kernels: Kernels | None = None,
 ) -> NemotronH:
-    """Read ``config.json`` and the safetensors files of a checkpoint folder.
+    """Read ``config.json`` and the safetensors files of a checkpoint folder, packing weights as they come.
 
-    progress: show a bar on stderr. Raises ConfigError or CheckpointError.
+    kernels: the references if None. progress: show a bar on stderr. Raises ConfigError or CheckpointError.
     """
-    config, kernels = ModelConfig.load(path), select(backend)
-    return NemotronH(config, load_weights(path, config, device=device, progress=progress), kernels)
+    config = ModelConfig.load(path)
+    with open_weights(path, config, device=device, progress=progress) as weights:
+        return NemotronH(config, weights, kernels or select())

@@ -113,23 +113,22 @@ class MoELayer:
         self.norm, self.kernels, self.latent = norm, kernels, config.latent_size is not None
         self.routing = Routing(config.top_k, config.num_groups, config.topk_groups, config.normalise, config.scale)
         self.selection_bias = weights[f"{name}.gate.e_score_correction_bias"].float()
-        # Popped: packed and unpacked experts of more than one layer at a time would not fit beside each other.
-        self.experts = kernels.pack_experts(
-            weights.pop(f"{name}.experts.up_proj"), weights.pop(f"{name}.experts.down_proj")
-        )
+        self.experts = kernels.pack_experts(weights[f"{name}.experts.up_proj"], weights[f"{name}.experts.down_proj"])
         first = [f"{name}.gate", f"{name}.shared_experts.up_proj"]
         last = [f"{name}.shared_experts.down_proj"]
         if self.latent:
             first.append(f"{name}.fc1_latent_proj")
             last.insert(0, f"{name}.fc2_latent_proj")
-        if len({weights[f"{part}.weight"].dtype for part in first}) == 1:
-            self.first = [Linear(kernels, weights, *first)]
+        names = [f"{part}.{kind}" for part in first for kind in ("weight", "bias")]
+        read = {part: weights[part] for part in names if part in weights}
+        if len({read[f"{part}.weight"].dtype for part in first}) == 1:
+            self.first = [Linear(kernels, read, *first)]
         else:
-            self.first = [Linear(kernels, weights, part) for part in first]
+            self.first = [Linear(kernels, read, part) for part in first]
         self.last = Linear(kernels, weights, *last, dim=1)
 
     def __call__(self, x: Tensor, batch: Batch, caches: Caches) -> Tensor:
-        # Without a latent space the experts read the normed rows themselves.
+        # Without a latent space the experts read the normed rows themselves, and add the residual.
         normed, norm = (x, self.norm) if self.latent else (self.kernels.rms_norm(x, self.norm), None)
         logits, shared, *inner = (
             part
@@ -137,10 +136,11 @@ class MoELayer:
             for part in torch.split(projection(normed, norm=norm), projection.sizes, 1)
         )
         routes = self.kernels.route(logits, self.selection_bias, self.routing)
-        y = self.kernels.experts(inner[0] if self.latent else normed, self.experts, routes)
         if self.latent:
+            y = self.kernels.experts(inner[0], self.experts, routes)
             return self.last((y, shared), relu2=True, residual=x)
-        return self.last(shared, relu2=True, residual=x + y)
+        y = self.kernels.experts(normed, self.experts, routes, residual=x)
+        return self.last(shared, relu2=True, residual=y)
 
 
 class MlpLayer:

@@ -20,6 +20,9 @@ from headrace.engine.model.mixers import Layer, make_layer
 from headrace.kernels import Kernels
 from headrace.kernels.norm import Norm
 
+PAGE_SIZE = 16
+"""Tokens per page of a draft's context, as the engine's own by default: kernels are compiled for a page size."""
+
 
 class MtpModule:
     """Drafts for whole sequences. It shares the model's embedding."""
@@ -54,14 +57,15 @@ class MtpModule:
         return drafts
 
     def _one_sequence(self, token_ids: Tensor) -> tuple[Batch, Caches]:
-        """The sequence as a single chunk whose context is a single page."""
+        """The sequence as a single chunk; its pages lie in order."""
         length, device = token_ids.shape[0], token_ids.device
+        num_pages = -(-length // PAGE_SIZE)
         none = torch.empty(0, dtype=torch.int64, device=device)
-        page_table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+        page_table = torch.arange(num_pages, dtype=torch.int32, device=device)[None]
         batch = Batch(token_ids, none, none, (0,), (0,), (length,), page_table, none)
         pages: tuple[Tensor, ...] = ()
         if attention := self.config.attention:
-            shape = (1, max(length, 1), attention.num_kv_heads, attention.head_dim)
+            shape = (num_pages, PAGE_SIZE, attention.num_kv_heads, attention.head_dim)
             count = self.config.mtp_layers.count(LayerKind.ATTENTION)
             pages = tuple(torch.zeros(shape, device=device) for _ in range(2 * count))
         return batch, Caches(pages[0::2], pages[1::2], (), ())

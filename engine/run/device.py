@@ -52,18 +52,17 @@ class Device:
         They lie in ``into`` [n] int64 if that has room for them: at the same addresses for the same shapes.
         """
         flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
-        if into is not None and flat.numel() <= into.numel():
-            source = flat.pin_memory() if self.cuda else flat
-            flat = into[: flat.numel()].copy_(source, non_blocking=True)
-        else:
-            flat = self.upload_tensor(flat)
+        flat = self.upload_tensor(flat, into)
         parts = torch.split(flat, [array.size for array in arrays])
         return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
-    def upload_tensor(self, tensor: Tensor) -> Tensor:
-        """A host tensor's copy on the device; the host tensor itself on a CPU."""
+    def upload_tensor(self, tensor: Tensor, into: Tensor | None = None) -> Tensor:
+        """A host tensor's copy on the device, in ``into`` [n] if that has room; else, on a CPU, the tensor itself."""
         # The pinned memory goes back to torch's host allocator, which keeps it until the stream has read it.
-        return tensor.pin_memory().to(self.torch, non_blocking=True) if self.cuda else tensor
+        source = tensor.pin_memory() if self.cuda else tensor
+        if into is not None and tensor.numel() <= into.numel():
+            return into[: tensor.numel()].view(tensor.shape).copy_(source, non_blocking=True)
+        return source.to(self.torch, non_blocking=True)
 
     def download(self, tensor: Tensor) -> Tensor:
         """A host copy, to be read after ``wait``."""

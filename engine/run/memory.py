@@ -14,7 +14,11 @@ from headrace.kernels.sampling import SamplerState
 
 @dataclass(frozen=True, slots=True)
 class CacheSizes:
-    """Layout of the caches. Bytes are what one page, or one slot's states, take over all layers."""
+    """Layout of the caches. Bytes are what one page, or one slot's states, take over all layers.
+
+    Slots and pages are the scheduler's. Behind them lie ``padding`` more of each, one for every padding row that a
+    step may need (``run.padding``); 0: steps are not padded.
+    """
 
     num_slots: int
     num_pages: int
@@ -22,6 +26,7 @@ class CacheSizes:
     max_context: int  # tokens
     page_bytes: int
     slot_bytes: int
+    padding: int = 0
 
 
 def unit_bytes(one: Caches) -> tuple[int, int]:
@@ -48,17 +53,21 @@ def plan_caches(
     num_pages: int | None = None,
     cache_bytes: int | None = None,
     step_bytes: int = 0,
+    padding: int = 0,
 ) -> CacheSizes:
     """Sizes for caches like ``one`` (one page, one slot). Raises ValueError naming the option that cannot be met.
 
     Without ``num_pages`` the pages take at most ``cache_bytes`` (default: CACHE_SHARE of the available memory) and
-    never more than all slots could fill. ``step_bytes`` is what a step takes beside the caches, at most.
+    never more than all slots could fill. ``step_bytes`` is what a step takes beside the caches, at most. The slots and
+    pages of ``padding`` rows come on top of what is asked for, and out of the same memory.
     """
     page_bytes, slot_bytes = unit_bytes(one)
     available = device.available_bytes()
-    if num_slots * slot_bytes > available // 2:
+    state_bytes = (num_slots + padding) * slot_bytes
+    beside = f" with {padding} for padding rows" if padding else ""
+    if state_bytes > available // 2:
         raise ValueError(
-            f"max_sequences {num_slots} needs {num_slots * slot_bytes:,} bytes of state; half of the available memory "
+            f"max_sequences {num_slots} needs {state_bytes:,} bytes of state{beside}; half of the available memory "
             f"holds {available // 2 // slot_bytes}"
         )
     if max_context is not None and max_context > model_context:
@@ -66,17 +75,19 @@ def plan_caches(
     context = max_context or model_context
     if num_pages is None:
         useful = num_slots * -(-context // page_size)
-        rest = max(0, available - num_slots * slot_bytes - step_bytes) if device.cuda else available
+        rest = max(0, available - state_bytes - step_bytes) if device.cuda else available
         budget = int(rest * CACHE_SHARE[device.torch.type]) if cache_bytes is None else cache_bytes
-        num_pages = min(useful, budget // page_bytes) if page_bytes else useful
+        num_pages = min(useful, budget // page_bytes - padding) if page_bytes else useful
         if num_pages * page_size < 2:
-            raise ValueError(f"cache_bytes {budget:,} holds no page: one of {page_size} tokens takes {page_bytes:,}")
-    elif num_pages * page_bytes > available:
-        raise ValueError(f"num_pages {num_pages} needs {num_pages * page_bytes:,} bytes; {available:,} are available")
+            raise ValueError(
+                f"cache_bytes {budget:,} holds no page{beside}: one of {page_size} tokens takes {page_bytes:,}"
+            )
+    elif (needed := (num_pages + padding) * page_bytes) > available:
+        raise ValueError(f"num_pages {num_pages} needs {needed:,} bytes{beside}; {available:,} are available")
     capacity = num_pages * page_size
     if capacity < (max_context or 2):
         raise ValueError(f"{num_pages} pages of {page_size} tokens hold {capacity}, less than max_context {context}")
-    return CacheSizes(num_slots, num_pages, page_size, min(context, capacity), page_bytes, slot_bytes)
+    return CacheSizes(num_slots, num_pages, page_size, min(context, capacity), page_bytes, slot_bytes, padding)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import fields
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +13,8 @@ from torch import Tensor
 from headrace.engine.model.batch import Batch, Caches
 from headrace.engine.run.device import Device
 from headrace.engine.run.memory import CacheSizes, SavedSequence, restore_sequence, save_sequence
-from headrace.engine.schedule.plan import Start, StepPlan, StepResult
+from headrace.engine.run.padding import padded_size
+from headrace.engine.schedule.plan import IntArray, Start, StepPlan, StepResult
 from headrace.kernels import Kernels
 from headrace.kernels.control import ControlIds, Finish, Phase
 from headrace.kernels.inputs import NO_WRITE
@@ -33,7 +36,9 @@ class Model(Protocol):
 class Runner:
     """Owns the caches and the per-slot arrays; executes plans in the order they were made.
 
-    A step whose rows are all inert (their slots had finished) still runs: inert rows rewrite what they wrote.
+    A step whose rows are all inert (their slots had finished) still runs: inert rows rewrite what they wrote. Slots
+    begin that way, as sequences of one token that have finished, and those beyond the scheduler's remain so: they are
+    the padding rows of decode steps (``run.padding``).
     """
 
     def __init__(
@@ -44,15 +49,20 @@ class Runner:
         self.caches = caches
         self.control = control
         self.device = device
-        self.state = SamplerState.allocate(sizes.num_slots, device.torch)
+        self.sizes = sizes
+        slots = sizes.num_slots + sizes.padding
+        self.state = SamplerState.allocate(slots, device.torch)
         # One page more than a context needs: a plan made ahead of a result may point one token past the end.
         # A multiple of 4, so that every slot's row is aligned alike and kernels are compiled once.
         width = -(-(sizes.max_context // sizes.page_size + 2) // 4) * 4
-        self.page_table = torch.zeros(sizes.num_slots, width, dtype=torch.int32, device=device.torch)
+        self.page_table = torch.zeros(slots, width, dtype=torch.int32, device=device.torch)
         # Decode steps of one size find their integers at the same addresses: slots, rows and a page write for each.
         self._integers = torch.empty(5 * sizes.num_slots, dtype=torch.int64, device=device.torch)
+        self._allowed: Tensor | None = None  # memory for masks, from the first one on: bool, a row for each slot
+        self._padding_slots = np.arange(sizes.num_slots, slots)
         self._prompts: dict[int, Tensor] = {}  # slot -> [tokens] int64
         self._saved: dict[int, tuple[SavedSequence, Tensor]] = {}  # key -> state, prompt
+        self._finish_all()
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Carry out one plan and wait for its tokens.
@@ -63,16 +73,46 @@ class Runner:
         try:
             with torch.inference_mode(), self.device.work():
                 decided = self._launch(plan)
-                copies = [None if t is None else self.device.download(t) for t in decided or ()]
+                if decided is not None:
+                    copy = self.device.download(decided.integers)
+                    more = (decided.logprobs, decided.top_ids, decided.top_logprobs)
+                    more_copies = [None if t is None else self.device.download(t) for t in more]
             self.device.wait()
         except Exception:
             self.device.check()
             raise
         if decided is None:
             return StepResult(NO_TOKENS, NO_TOKENS, NO_TOKENS)
-        return StepResult(*(None if copy is None else copy.numpy() for copy in copies))  # type: ignore[arg-type]
+        rows = len(plan.decode_slots) + sum(chunk.last for chunk in plan.chunks)  # padding rows come after these
+        return StepResult(*copy.numpy()[:, :rows], *(None if t is None else t.numpy()[:rows] for t in more_copies))
 
-    def _launch(self, plan: StepPlan) -> tuple[Tensor | None, ...] | None:
+    def warm_up(self, plans: Iterable[StepPlan]) -> None:
+        """Carry out plans before the first sequence starts, then forget all that they left behind."""
+        pages: set[int] = set()
+        for plan in plans:
+            self.execute(plan)
+            pages.update(plan.page_writes[:, 2].tolist())
+        self._prompts.clear()
+        with self.device.work():
+            for state in (*self.caches.conv, *self.caches.ssm, self.page_table):
+                state.zero_()
+            [index] = self.device.upload([np.array(sorted(pages), np.int64)])
+            for layer in (*self.caches.keys, *self.caches.values):
+                layer[index] = 0
+            for field in fields(self.state):
+                getattr(self.state, field.name).zero_()
+            self._finish_all()
+        self.device.wait()
+
+    def _finish_all(self) -> None:
+        """Make every slot of a new state a sequence of one token that has finished; see ``run.padding``."""
+        self.state.length.fill_(1)
+        self.state.finish.fill_(int(Finish.LENGTH))
+        first, device = self.sizes.num_slots, self.page_table.device
+        pages = torch.arange(self.sizes.padding, dtype=torch.int32, device=device) + self.sizes.num_pages
+        self.page_table[first:, 0] = pages
+
+    def _launch(self, plan: StepPlan) -> Sampled | None:
         """Queue the whole step; what its rows decide, or None if none of them yields a token."""
         self._move_sequences(plan)
         batch, slots = self.inputs(plan)
@@ -82,12 +122,15 @@ class Runner:
             return None
         if plan.chunks:
             hidden = hidden[batch.sample_rows]
-        out = self._sample(plan, self.model.logits(hidden), slots)
-        return out.tokens, out.phases, out.finish, out.logprobs, out.top_ids, out.top_logprobs
+        return self._sample(plan, self.model.logits(hidden), slots)
 
     def inputs(self, plan: StepPlan) -> tuple[Batch, Tensor]:
-        """The plan's rows as tensors, and the slots [R] of the rows that yield a token. Brings the page table up."""
-        decodes, sampled = len(plan.decode_slots), [plan.decode_slots]
+        """The plan's rows as tensors, and the slots [R] of the rows that yield a token. Brings the page table up.
+
+        A step that only decodes is padded: every tensor of it is at an address that follows its padded size alone.
+        """
+        decode_slots = plan.decode_slots if plan.chunks else self._padded(plan.decode_slots)
+        decodes, sampled = len(decode_slots), [decode_slots]
         rows = np.arange(decodes + len(plan.chunks))  # of a decode step all rows; else, the chunks' last ones below
         end, count = decodes, decodes
         for chunk in plan.chunks:
@@ -97,8 +140,12 @@ class Runner:
                 rows[count] = end - 1
                 count += 1
         # A row crosses into at most one page a step; the writes are filled up, so that shapes follow the rows alone.
-        filled = np.full((max(len(plan.page_writes), decodes), 3), NO_WRITE, np.int64)
-        filled[: len(plan.page_writes)] = plan.page_writes
+        writes = plan.page_writes
+        if len(writes) > decodes and not plan.chunks:  # a sequence came back with all its pages
+            self._write_pages(writes[decodes:])
+            writes = writes[:decodes]
+        filled = np.full((max(len(writes), decodes), 3), NO_WRITE, np.int64)
+        filled[: len(writes)] = writes
         slots, sample_rows, page_writes = self.device.upload(
             [np.concatenate(sampled), rows[:count], filled], self._integers
         )
@@ -122,6 +169,19 @@ class Runner:
             sample_rows=sample_rows,
         )
         return batch, slots
+
+    def _padded(self, slots: IntArray) -> IntArray:
+        """The slots of a decode step and, behind them, those of its padding rows."""
+        if not self.sizes.padding:
+            return slots
+        missing = padded_size(len(slots), self.sizes.num_slots) - len(slots)
+        return np.concatenate([slots, self._padding_slots[:missing]]) if missing else slots
+
+    def _write_pages(self, page_writes: IntArray) -> None:
+        """Page writes [W, 3] in a launch of their own."""
+        [writes] = self.device.upload([page_writes])
+        none = torch.empty(0, dtype=torch.int64, device=self.device.torch)
+        self.kernels.step_inputs(self.state.last_token, self.state.length, none, none, self.page_table, writes)
 
     def _move_sequences(self, plan: StepPlan) -> None:
         """Saves, drops, restores and starts, in this order: a page may be saved and given away at once."""
@@ -158,7 +218,10 @@ class Runner:
             allowed = torch.ones(logits.shape, dtype=torch.bool)
             for row, tokens in plan.masks:
                 allowed[row] = torch.from_numpy(tokens)
-            mask = self.device.upload_tensor(allowed)
+            if self._allowed is None:
+                size = self.sizes.num_slots * logits.shape[1]
+                self._allowed = torch.empty(size, dtype=torch.bool, device=self.device.torch)
+            mask = self.device.upload_tensor(allowed, self._allowed)
         sampled: Sampled = self.kernels.sample(
             logits,
             slots,

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 Grid = tuple[int, int, int]
 
+MOST_CTAS = (2**31 - 1, 65535, 65535)
+"""Extents that CUDA accepts of a grid, along x, y and z."""
+
 
 @dataclass(frozen=True, eq=False)
 class Launch:
@@ -122,7 +125,10 @@ def divert(arch: int, receive: Callable[[Launch], None]) -> Iterator[None]:
 
 
 def specialise(fn: Any, arch: int, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    """The launch of ``fn[grid](*args, **kwargs)`` on a device of ``arch``; the arguments are not touched."""
+    """The launch of ``fn[grid](*args, **kwargs)`` on a device of ``arch``; the arguments are not touched.
+
+    Raises ValueError for a grid that the driver would refuse.
+    """
     backend = _backend(arch)
     options = dict(kwargs, debug=kwargs.get("debug", fn.debug) or False)
     binder = create_function_from_signature(fn.signature, fn.params, backend)
@@ -131,6 +137,9 @@ def specialise(fn: Any, arch: int, grid: Any, args: tuple[Any, ...], kwargs: dic
     if callable(grid):
         grid = grid(bound)
     grid = tuple(int(extent) for extent in grid) + (1,) * (3 - len(grid))
+    for axis, extent, most in zip("xyz", grid, MOST_CTAS, strict=True):
+        if extent > most:
+            raise ValueError(f"{fn.fn.__name__}: a grid of {extent} along {axis}, where a GPU takes at most {most}")
     return Launch(fn, arch, bound, grid, parsed, signature, constants, attributes)
 
 

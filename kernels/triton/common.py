@@ -1,4 +1,4 @@
-"""What the kernels share: one instruction, and one way to know that all others are done.
+"""What the kernels share: one instruction, one way to know that all others are done, and integers for the host.
 
 Every product is mma.sync m16n8k16 (design, section 3, rule 1), so an element's bits depend on its row, its column and
 the order of K alone, and tiles may follow the batch. A dot of rank 2 with at most 32 rows is that instruction on every
@@ -11,6 +11,16 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own serves kernels too, which costs the host 1.5 us a call; so the next."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of 2 from n on; n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 @triton.jit

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.kernels.moe import Routes
+from headrace.kernels.moe import Matrices, Routes
+from headrace.kernels.triton.common import cdiv, next_power_of_2
 from headrace.kernels.triton.routing import TILE, Plan
 from headrace.kernels.triton.target import architecture
 
@@ -44,15 +45,16 @@ class PackedExperts:
     tiles: Tensor
 
 
-def pack_experts(up: Tensor, down: Tensor) -> PackedExperts:
+def pack_experts(up: Matrices, down: Matrices) -> PackedExperts:
     """See ``headrace.kernels.moe.pack_experts``. fp16 becomes fp32. Beside the result only one expert is copied."""
-    count, inner, width = up.shape
+    first = up[0]
+    inner, width = first.shape
     dtype = torch.bfloat16 if up.dtype == down.dtype == torch.bfloat16 else torch.float32
     units = -(-inner // UNIT)
-    tiles = torch.empty(count, units, 2, UNIT, width, dtype=dtype, device=up.device)
-    padded = torch.zeros(2, units * UNIT, width, dtype=dtype, device=up.device)
-    for expert in range(count):
-        padded[0, :inner] = up[expert]
+    tiles = torch.empty(len(up), units, 2, UNIT, width, dtype=dtype, device=first.device)
+    padded = torch.zeros(2, units * UNIT, width, dtype=dtype, device=first.device)
+    for expert in range(len(up)):
+        padded[0, :inner] = up[expert] if expert else first
         padded[1, :inner] = down[expert].t()
         tiles[expert] = padded.view(2, units, UNIT, width).transpose(0, 1)
     return PackedExperts(tiles)
@@ -85,7 +87,7 @@ def parameters(
     programs = groups if pairs > 2 * experts else splits
     # 16 rows of 2048 bytes are 32 KB: with the 64 KB of one step's weights that is what the smallest SM holds, and
     # 16 x 1024 sums are 64 registers a thread.
-    fused = triton.next_power_of_2(width) * itemsize <= 2048
+    fused = next_power_of_2(width) * itemsize <= 2048
     if arch in (90, 100, 103):
         # 8 parts: the shortest chain from weights to sums. 3 stages: two steps' weights, 128 KB, in flight.
         return ExpertsParameters(fused, splits, groups, programs, parts=8, num_warps=8, num_stages=3)
@@ -98,7 +100,7 @@ def _multiprocessors(arch: int) -> int:
     return {80: 108, 90: 132, 100: 148, 103: 148, 120: 188}.get(arch, 128)
 
 
-def experts(x: Tensor, packed: PackedExperts, routes: Routes) -> Tensor:
+def experts(x: Tensor, packed: PackedExperts, routes: Routes, *, residual: Tensor | None = None) -> Tensor:
     """See ``headrace.kernels.moe.experts``. ``routes`` come from this backend's ``route``."""
     rows, width = x.shape
     out = torch.empty(rows, width, dtype=torch.float32, device=x.device)
@@ -114,10 +116,12 @@ def experts(x: Tensor, packed: PackedExperts, routes: Routes) -> Tensor:
     launch = _launch_fused if chosen.fused else _launch_wide
     launch(x, tiles, plan, top_k, sums, chosen)
     block = 128  # one column a thread: all of a pair's loads fit into registers, so their latencies overlap
-    _combine[(rows, triton.cdiv(width, block))](
+    _combine[(rows, cdiv(width, block))](
         sums,
         routes.weights,
         routes.weights.stride(0),
+        residual,
+        0 if residual is None else residual.stride(0),
         out,
         K=width,
         TOP_K=top_k,
@@ -146,7 +150,7 @@ def _launch_fused(x: Tensor, tiles: Tensor, plan: Plan, top_k: int, sums: Tensor
         TOP_K=top_k,
         SPLITS=chosen.splits,
         PROGRAMS=chosen.programs,
-        WIDTH=max(triton.next_power_of_2(width), 16 * chosen.parts),
+        WIDTH=max(next_power_of_2(width), 16 * chosen.parts),
         PARTS=chosen.parts,
         FORMAT=PLAIN,
         num_warps=chosen.num_warps,
@@ -157,7 +161,7 @@ def _launch_fused(x: Tensor, tiles: Tensor, plan: Plan, top_k: int, sums: Tensor
 
 def _launch_wide(x: Tensor, tiles: Tensor, plan: Plan, top_k: int, sums: Tensor, chosen: ExpertsParameters) -> None:
     width, units = x.shape[1], tiles.shape[1]
-    chunks, blocks = triton.cdiv(units * UNIT, CHUNK), triton.cdiv(width, 128)
+    chunks, blocks = cdiv(units * UNIT, CHUNK), cdiv(width, 128)
     hidden = torch.empty(sums.shape[0], units * UNIT, dtype=tiles.dtype, device=x.device)
     _up[(plan.slots * chunks,)](
         x,
@@ -226,7 +230,7 @@ def _relu2(x):
     return x * x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _fused(
     x,
     x_stride,
@@ -280,7 +284,7 @@ def _fused(
         tl.store(out, acc, mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _up(
     x,
     x_stride,
@@ -315,7 +319,7 @@ def _up(
     tl.store(out, _relu2(acc).to(dtype), mask=real[:, None] & (inner < UNITS * _UNIT))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _down(
     hidden,
     packed,
@@ -363,6 +367,8 @@ def _combine(
     sums,
     weights,
     weights_stride,
+    residual,
+    residual_stride,
     out,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -370,7 +376,7 @@ def _combine(
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row's sum over its picks, over the groups of each, over the slices of each, always in order."""
+    """One row's sum over its picks, over the groups of each, over the slices of each, in order; then the residual."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < K
@@ -385,4 +391,6 @@ def _combine(
                 part += K
             value += group
         total += tl.load(weights + row * weights_stride + j) * value
+    if residual is not None:
+        total = tl.load(residual + row * residual_stride + column, mask=inside) + total
     tl.store(out + row * K + column, total, mask=inside)

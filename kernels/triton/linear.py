@@ -28,6 +28,7 @@ from torch import Tensor
 
 from headrace.kernels.linear import check_prologue
 from headrace.kernels.norm import Norm
+from headrace.kernels.triton.common import cdiv, next_power_of_2
 from headrace.kernels.triton.target import architecture
 
 
@@ -80,20 +81,20 @@ def tiling(tokens: int, features: int, span: int, groups: int, dtype: torch.dtyp
         columns = 32  # multiplied without tensor cores: a step's operands lie in registers
     else:
         columns = 128 if shared > 200_000 else 64  # two steps of 128 tokens (fp32) must fit
-    columns = min(columns, max(16, triton.next_power_of_2(span)))
-    block_tokens = min(128, max(8, triton.next_power_of_2(tokens)))
+    columns = min(columns, max(16, next_power_of_2(span)))
+    block_tokens = min(128, max(8, next_power_of_2(tokens)))
     # Every program reads all its tokens through L2, 4 bytes a token and column, against 2 a feature and column: wide
     # tiles for many tokens. But with few tokens, where memory is all that counts, every SM must draw on it.
     widest = 128 if groups == 1 else 64  # a norm by groups holds two accumulators
     block_features = min(widest, max(64, 2 * block_tokens))
     enough = 256 if block_tokens <= 16 else 96 if block_tokens <= 32 else 64
-    while block_features > 32 and triton.cdiv(tokens, block_tokens) * triton.cdiv(features, block_features) < enough:
+    while block_features > 32 and cdiv(tokens, block_tokens) * cdiv(features, block_features) < enough:
         block_features //= 2
     # 48 KB of weights under way hide 0.8 us of latency at 8 TB/s over 148 SMs, even with one program on each.
     # 12 KB stay for the layout conversions at the end of a group or of the whole.
     weight_bytes = block_features * columns * dtype.itemsize
     step_bytes = weight_bytes + 4 * (block_tokens + 1) * columns
-    buffers = max(2, min(7, triton.cdiv(49_152, weight_bytes), (shared - 12_288) // step_bytes))
+    buffers = max(2, min(7, cdiv(49_152, weight_bytes), (shared - 12_288) // step_bytes))
     # Never more than 64 sums a thread. Two warps would do for 32 features x 8 tokens, but the others help to load.
     warps = 8 if block_tokens >= 64 else 4
     # Left alone, the compiler spills registers to fit in more small programs than shared memory has room for; of those
@@ -131,7 +132,7 @@ def linear(
     groups = 1 if norm is None else norm.groups
     span = width // groups if groups > 1 else max(x1.shape[1], width - x1.shape[1])
     tile = tiling(tokens, features, span, groups, packed.weight.dtype, architecture(x1.device))
-    _linear[(triton.cdiv(tokens, tile.tokens) * triton.cdiv(features, tile.features),)](
+    _linear[(cdiv(tokens, tile.tokens) * cdiv(features, tile.features),)](
         out,
         x1,
         x2,
@@ -388,8 +389,8 @@ def embed(weight: Tensor, token_ids: Tensor) -> Tensor:
     out = torch.empty((tokens, width), dtype=torch.float32, device=weight.device)
     if not tokens:
         return out
-    block = min(1024, triton.next_power_of_2(width))
-    _embed[(tokens, triton.cdiv(width, block))](
+    block = min(1024, next_power_of_2(width))
+    _embed[(tokens, cdiv(width, block))](
         out,
         weight,
         token_ids,

@@ -2,7 +2,8 @@
 
 A program picks for one row: the row of scores stays in registers, and ``top_k`` rounds take the largest left. Rounds
 compare integers ordered as the floats are, so that equal values, infinities and NaN have one order too: whatever a row
-holds, its picks are ``top_k`` different experts. The last program to finish lays the pairs out by expert.
+holds, its picks are ``top_k`` different experts. The last program to finish lays the pairs out by expert. It reads the
+picks that the others wrote as their result, so that nothing else moves through memory.
 """
 
 from __future__ import annotations
@@ -15,17 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.moe import Routes, Routing
-from headrace.kernels.triton.common import last_to_arrive
+from headrace.kernels.triton.common import last_to_arrive, next_power_of_2
 from headrace.kernels.triton.scratch import counters
 
 TILE = 16  # rows of a tile: M of mma.sync
-MOST_EXPERTS, MOST_PICKS = 1024, 255  # scores lie in a program's registers; places are bytes
+MOST_EXPERTS = 1024  # a row's scores lie in its program's registers
 
 _LOWEST = tl.constexpr(-(2**31))  # below every score's key: taken, or past the last expert
 _TILE = tl.constexpr(TILE)
-_AHEAD = tl.constexpr(
-    9
-)  # grouping has 8 rows of the table of picks on their way: 0.5 us of latency, 60 ns of work each
+_CHUNK = tl.constexpr(128)  # pairs that are grouped at a time, one a thread; each is compared with all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +47,11 @@ def most_tiles(rows: int, top_k: int, experts: int) -> int:
 
 
 def route(logits: Tensor, bias: Tensor, routing: Routing) -> Routes:
-    """See ``headrace.kernels.moe.route``. Logits' columns are contiguous. Raises ValueError beyond MOST_*."""
+    """See ``headrace.kernels.moe.route``. Logits' columns are contiguous. Raises ValueError beyond MOST_EXPERTS."""
     rows, experts = logits.shape
     top_k, device = routing.top_k, logits.device
-    if experts > MOST_EXPERTS or top_k > MOST_PICKS:
-        raise ValueError(f"{experts} experts, {top_k} per row: at most {MOST_EXPERTS} and {MOST_PICKS} are supported")
+    if experts > MOST_EXPERTS:
+        raise ValueError(f"{experts} experts: at most {MOST_EXPERTS} are supported")
     picked = torch.empty(rows, top_k, dtype=torch.int64, device=device)
     weights = torch.empty(rows, top_k, dtype=torch.float32, device=device)
     slots = most_tiles(rows, top_k, experts)
@@ -62,15 +61,13 @@ def route(logits: Tensor, bias: Tensor, routing: Routing) -> Routes:
     )
     if rows == 0:
         return Routes(picked, weights, plan)
-    width = max(triton.next_power_of_2(experts), 128)
-    places = torch.empty(rows, width, dtype=torch.uint8, device=device)
+    width = max(next_power_of_2(experts), 128)
     _route[(rows,)](
         logits,
         logits.stride(0),
         bias,
         picked,
         weights,
-        places,
         plan.order,
         plan.tiles,
         counters(device, 1),
@@ -83,7 +80,7 @@ def route(logits: Tensor, bias: Tensor, routing: Routing) -> Routes:
         NORMALISE=routing.normalise,
         SCALE=routing.scale,
         WIDTH=width,
-        PICKS=triton.next_power_of_2(top_k),
+        PICKS=next_power_of_2(top_k),
         num_warps=4,  # 4 scores a thread at 512 experts; more warps would only wait for each other in every round
         num_stages=1,
         enable_fp_fusion=False,
@@ -136,12 +133,26 @@ def _keep_best_groups(keys, ids, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, TO
 
 
 @triton.jit
-def _group(places, order, tiles, rows, slots, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
-    """Count each expert's pairs, cut them into tiles, and write the pairs in order; every lane is an expert."""
+def _experts_of(picked, pair, pairs):
+    """int32 experts of pairs; 0 past the last one."""
+    return tl.load(picked + pair, mask=pair < pairs, other=0).to(tl.int32)
+
+
+@triton.jit
+def _group(picked, order, tiles, rows, slots, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
+    """Count each expert's pairs, cut them into tiles, and write the pairs in order.
+
+    The stages of the loops over chunks are what hides the loads behind little work (counting) and more (ordering);
+    with a third stage the ordering spills on Triton 3.6.
+    """
+    pairs = rows * TOP_K
     ids = tl.arange(0, WIDTH)
+    each = tl.arange(0, _CHUNK)
     count = tl.zeros([WIDTH], tl.int32)
-    for row in tl.range(0, rows, num_stages=_AHEAD):
-        count += (tl.load(places + row * WIDTH + ids) != 0).to(tl.int32)
+    for start in tl.range(0, pairs, _CHUNK, num_stages=4):
+        count += tl.histogram(_experts_of(picked, start + each, pairs), WIDTH)
+    # Nothing is masked in a histogram, which would branch: what is past the last pair was counted as expert 0's.
+    count -= tl.where(ids == 0, tl.cdiv(pairs, _CHUNK) * _CHUNK - pairs, 0)
     first = tl.cumsum(count, 0) - count
     needed = (count + _TILE - 1) // _TILE
     slot = tl.cumsum(needed, 0) - needed
@@ -154,10 +165,13 @@ def _group(places, order, tiles, rows, slots, TOP_K: tl.constexpr, WIDTH: tl.con
     for start in range(0, slots, WIDTH):
         unused = start + ids
         tl.store(tiles + 2 * slots + unused, tl.zeros([WIDTH], tl.int32), mask=(unused >= used) & (unused < slots))
-    for row in tl.range(0, rows, num_stages=_AHEAD):
-        place = tl.load(places + row * WIDTH + ids).to(tl.int32)
-        tl.store(order + first, row * TOP_K + place - 1, mask=place != 0)
-        first += (place != 0).to(tl.int32)
+    for start in tl.range(0, pairs, _CHUNK, num_stages=2):
+        pair = start + each
+        expert = _experts_of(picked, pair, pairs)
+        before = (expert[:, None] == expert[None, :]) & (each[:, None] < each[None, :])
+        place = tl.gather(first, expert, 0) + tl.sum(before.to(tl.int32), 0)
+        tl.store(order + place, pair, mask=pair < pairs)
+        first += tl.histogram(expert, WIDTH)
 
 
 @triton.jit(do_not_specialize=["rows", "slots"])
@@ -167,7 +181,6 @@ def _route(
     bias,
     picked,
     weights,
-    places,  # [rows, WIDTH] uint8: 1 + the place of each expert among the row's picks, 0 if it is none of them
     order,
     tiles,
     counter,
@@ -192,11 +205,9 @@ def _route(
         keys = _keep_best_groups(keys, ids, EXPERTS, GROUPS, TOPK_GROUPS)
     pick = tl.arange(0, PICKS)
     experts = tl.zeros([PICKS], tl.int32)
-    place = tl.zeros([WIDTH], tl.int32)
     for j in range(TOP_K):
         expert = _first_of(keys, tl.max(keys, 0), ids)
         experts = tl.where(pick == j, expert, experts)
-        place = tl.where(ids == expert, j + 1, place)
         keys = tl.where(ids == expert, _LOWEST, keys)
     wanted = pick < TOP_K
     weight = tl.where(wanted, _sigmoid(tl.load(logits + experts)), 0.0)
@@ -204,6 +215,5 @@ def _route(
         weight = tl.math.div_rn(weight, tl.sum(weight, 0) + 1e-20)
     tl.store(picked + row.to(tl.int64) * TOP_K + pick, experts.to(tl.int64), mask=wanted)
     tl.store(weights + row.to(tl.int64) * TOP_K + pick, weight * SCALE, mask=wanted)
-    tl.store(places + row.to(tl.int64) * WIDTH + ids, place.to(tl.uint8))
     if last_to_arrive(counter, rows):
-        _group(places, order, tiles, rows, slots, TOP_K, WIDTH)
+        _group(picked, order, tiles, rows, slots, TOP_K, WIDTH)

@@ -8,11 +8,11 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from headrace.kernels.control import ControlIds
 from headrace.kernels.sampling import Sampled, SamplerState
+from headrace.kernels.triton.common import cdiv, next_power_of_2
 from headrace.kernels.triton.sampling_nucleus import BUCKETS
 from headrace.kernels.triton.sampling_passes import RECORD, decide_kernel, extremes_kernel, masses_kernel, top_kernel
 from headrace.kernels.triton.scratch import counters
@@ -39,8 +39,8 @@ def parameters(vocab: int) -> Parameters:
     would double the registers and halve that. Small vocabularies (tests, tiny models) get fewer, smaller tiles. No loop
     runs over the logits, so there is nothing to pipeline: one stage.
     """
-    tile = min(max(triton.next_power_of_2(triton.cdiv(vocab, 128)), 512), 1024)
-    return Parameters(tile=tile, tiles=triton.cdiv(vocab, tile), num_warps=4, num_stages=1)
+    tile = min(max(next_power_of_2(cdiv(vocab, 128)), 512), 1024)
+    return Parameters(tile=tile, tiles=cdiv(vocab, tile), num_warps=4, num_stages=1)
 
 
 def sample(
@@ -78,7 +78,7 @@ def sample(
         tile_best=scratch.tile_best,
         histograms=scratch.histograms,
         closing_count=closing_count,
-        TILES=triton.next_power_of_2(chosen.tiles),
+        TILES=next_power_of_2(chosen.tiles),
         **drawing,
     )
     masses_kernel[grid](histograms=scratch.histograms, LOGPROBS=out.logprobs is not None, **drawing)
@@ -107,7 +107,7 @@ def _find_most_likely(out: Sampled, k: int, tiles: int, every: dict[str, Any]) -
         top_ids=out.top_ids,
         top_logprobs=out.top_logprobs,
         k=k,
-        RANKS=triton.next_power_of_2(tiles * k),
+        RANKS=next_power_of_2(tiles * k),
         **every,
     )
 
@@ -159,8 +159,11 @@ def control_ids(control: ControlIds, device: torch.device) -> Tensor:
 
 def _outputs(rows: int, k: int, logprobs: bool, device: torch.device) -> Sampled:
     """Tensors for what the step decides."""
-    tokens, phases, finish = torch.empty(3, rows, dtype=torch.int64, device=device).unbind()
+    # Rows of whole 16 bytes, so that kernels are compiled for one alignment.
+    integers = torch.empty(3, rows + rows % 2, dtype=torch.int64, device=device)
+    tokens, phases, finish = integers[:, :rows].unbind()
     return Sampled(
+        integers,
         tokens,
         phases,
         finish,

@@ -6,7 +6,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "engine")]
 
 collect_ignore_glob: list[str] = []
 if os.environ.get("TRITON_INTERPRET") == "1" or find_spec("triton") is None:

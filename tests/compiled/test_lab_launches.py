@@ -78,3 +78,18 @@ def test_meta_tensors_cannot_be_executed():
     x = torch.empty(64, device="meta")
     with execute(90), pytest.raises(RuntimeError, match="x is on meta"):
         lab_kernels.scale[(1,)](x, x, 64, 1.0, BLOCK=64)
+
+
+@pytest.mark.parametrize(("axis", "most"), [("x", 2**31 - 1), ("y", 65535), ("z", 65535)])
+def test_a_grid_that_no_gpu_takes_is_refused(axis, most):
+    x = torch.empty(64)
+
+    def launch(extent: int) -> None:
+        grid = tuple(extent if name == axis else 1 for name in "xyz")
+        lab_kernels.scale[grid](x, x, 64, 1.0, BLOCK=64)
+
+    with capture(90) as launches:
+        launch(most)
+        with pytest.raises(ValueError, match=f"scale: a grid of {most + 1} along {axis}, .* at most {most}"):
+            launch(most + 1)
+    assert [one.ctas for one in launches] == [most]

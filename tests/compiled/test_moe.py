@@ -67,6 +67,23 @@ def test_experts_are_the_references_whatever_the_batch(arch, width, inner, kerne
         assert torch.equal(alone[0], y[row]), "a row's bits follow the batch"
 
 
+@pytest.mark.parametrize(("width", "inner"), [(128, 72), (1056, 24)])
+def test_a_few_rows_more_compile_nothing(width, inner):
+    """Neither the number of rows nor what it makes of other arguments is a reason for another variant."""
+    packed = moe.pack_experts(torch.empty(512, inner, width), torch.empty(512, width, inner))
+
+    def variants(rows: int) -> list[tuple[object, ...]]:
+        x = torch.empty(rows, width, dtype=torch.float32)
+        with capture(90) as launches:
+            routes = moe.route(torch.empty(rows, 512), torch.empty(512), Routing(3, 1, 1, True, 5.0))
+            moe.experts(x, packed, routes, residual=x)
+        return [(launch.name, launch.signature, launch.constants, launch.attributes) for launch in launches]
+
+    one = variants(1)
+    for rows in (2, 3, 16, 17, 48):
+        assert variants(rows) == one, rows
+
+
 def launches_of(case: Case, arch: int) -> list[Launch]:
     with capture(arch) as launches:
         case.make()()

@@ -107,12 +107,14 @@ def test_nothing_depends_on_the_batch():
             sample(torch.empty(rows, 131072), torch.arange(rows), state_of(rows), CONTROL, top_logprobs=3)
         return found
 
-    found = {rows: launches(rows) for rows in (1, 8, 128)}
+    found = {rows: launches(rows) for rows in (1, 3, 8, 128)}
     same_numerics(found, steps=("TILE", "TILES", "RANKS"))
-    for one, other in zip(found[1], found[128], strict=True):
-        assert one.constants == other.constants
-        assert one.options == other.options
-        assert one.grid[0] == other.grid[0]
+    for rows in (3, 8, 128):
+        for one, other in zip(found[1], found[rows], strict=True):
+            assert one.constants == other.constants
+            assert one.attributes == other.attributes, f"{one.name} is compiled again for {rows} rows"
+            assert one.options == other.options
+            assert one.grid[0] == other.grid[0]
 
 
 @pytest.mark.parametrize("arch", [90, 100])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import torch
@@ -40,17 +41,24 @@ def text_folder(tmp_path: Path) -> Path:
 
 
 class Scripted:
-    """A network whose most likely next token is a function of the last one; ``poison`` ids give NaN logits."""
+    """A network whose most likely next token is a function of the last one; ``poison`` ids give NaN logits.
 
-    def __init__(self, successor, *, vocab: int = VOCAB, sharpness: float = 50.0) -> None:
+    With a ``gate`` every step waits for it to be released once.
+    """
+
+    def __init__(
+        self, successor, *, vocab: int = VOCAB, sharpness: float = 50.0, gate: threading.Semaphore | None = None
+    ) -> None:
         self.table = torch.tensor([successor(i) for i in range(vocab)])
         self.vocab = vocab
         self.sharpness = sharpness
         self.poison: set[int] = set()
+        self.gate = gate
         self.fail_on: int | None = None
         self.rows_seen: list[int] = []
 
     def forward(self, batch, caches):
+        assert self.gate is None or self.gate.acquire(timeout=20), "the gate stayed shut"
         self.rows_seen.append(batch.token_ids.numel())
         if self.fail_on is not None and (batch.token_ids == self.fail_on).any():
             raise RuntimeError("planted kernel failure")
@@ -94,7 +102,9 @@ def checked(engine: Engine) -> Engine:
     return engine
 
 
-def random_network(seed: int = 0, backend: str = "reference", **changes) -> NemotronH:
+def random_network(
+    seed: int = 0, backend: str = "reference", dtype: torch.dtype = torch.float32, **changes
+) -> NemotronH:
     """A real NemotronH with seeded weights, large enough in spread that its argmax is not a tie."""
     from headrace.engine.model.weights.names import memory_shapes
 
@@ -107,12 +117,15 @@ def random_network(seed: int = 0, backend: str = "reference", **changes) -> Nemo
         weights[name] = 1 + 0.1 * noise if "norm" in name else noise * scale
         if name.endswith("A_log"):
             weights[name] = noise.abs()
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
     return NemotronH(config, weights, select(backend))
 
 
-def random_engine(folder: Path, seed: int = 0, backend: str = "reference", **options) -> Engine:
+def random_engine(
+    folder: Path, seed: int = 0, backend: str = "reference", dtype: torch.dtype = torch.float32, **options
+) -> Engine:
     tokenizer = load_tokenizer(folder)
-    network = random_network(seed, backend)
+    network = random_network(seed, backend, dtype)
     return checked(
         Engine.from_parts(
             network,

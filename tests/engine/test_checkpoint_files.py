@@ -1,10 +1,12 @@
 """Reading checkpoints: every layout gives the same tensors, every kind of damage one clear error."""
 
 import json
+import os
 import random
 import shutil
 import struct
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,8 @@ from checkpoints import make_checkpoint, write_tensors
 from safetensors.torch import load_file, save_file
 
 from headrace.engine.config import ConfigError, ModelConfig
-from headrace.engine.model import CheckpointError, load_model
-from headrace.engine.model.weights import load_weights
+from headrace.engine.model import CheckpointError, NemotronH, load_model
+from headrace.engine.model.weights import open_weights
 from headrace.engine.model.weights.names import memory_shapes, places
 
 SMALL = {
@@ -47,7 +49,34 @@ def sharded(originals, tmp_path) -> Path:
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
-    return load_weights(folder, ModelConfig.load(folder))
+    """All tensors, experts stacked."""
+    with open_weights(folder, ModelConfig.load(folder)) as weights:
+        return {name: value if isinstance(value, torch.Tensor) else stacked(value) for name, value in weights.items()}
+
+
+def stacked(experts) -> torch.Tensor:
+    return torch.stack([experts[i].clone() for i in range(len(experts))])
+
+
+class Recorded(Mapping):
+    """Weights that count who asks for what."""
+
+    def __init__(self, weights, asked):
+        self.weights, self.asked = weights, asked
+
+    def __getitem__(self, name):
+        value = self.weights[name]
+        self.asked[name] += 1
+        return value
+
+    def __contains__(self, name):
+        return name in self.weights
+
+    def __iter__(self):
+        return iter(self.weights)
+
+    def __len__(self):
+        return len(self.weights)
 
 
 def refused(folder: Path, *fragments: str) -> None:
@@ -104,12 +133,30 @@ def test_dtypes_are_kept(single, dtype):
 
 
 def test_files_may_go_after_loading(single):
-    weights = load(single)
-    before = {name: t.clone() for name, t in weights.items()}
+    model = load_model(single)
+    token_ids = torch.tensor([3, 1, 4, 1, 5])
+    before = model.embeddings(token_ids)
     file = single / SINGLE
     file.write_bytes(b"\0" * file.stat().st_size)
-    file.unlink()
-    assert all(torch.equal(weights[name], before[name]) for name in before)
+    assert torch.equal(model.embeddings(token_ids), before)
+
+
+def test_every_tensor_is_read_once(single):
+    """Packed weights are all that stays: peak memory is theirs and one tensor."""
+    config = ModelConfig.load(single)
+    with open_weights(single, config) as weights:
+        asked = Counter()
+        NemotronH(config, Recorded(weights, asked))
+        assert set(asked) == set(weights)
+        assert set(asked.values()) == {1}, asked
+
+
+def test_a_file_that_shrinks_while_it_is_read(single):
+    config = ModelConfig.load(single)
+    with open_weights(single, config) as weights:
+        os.truncate(single / SINGLE, 4096)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: ends inside tensor '.*'"):
+            NemotronH(config, weights)
 
 
 def test_progress_goes_to_stderr(single, capsys):
@@ -364,7 +411,8 @@ def test_random_damage_is_never_a_crash(single):
                 del raw[at : at + generator.randint(1, 50)]
         file.write_bytes(raw)
         try:
-            load_weights(single, config)
+            with open_weights(single, config) as weights:
+                NemotronH(config, weights)
         except CheckpointError as error:
             assert "\n" not in str(error)
             refusals += 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from networks import Scripted, scripted_engine
 
-from headrace.engine import Engine, EngineConfig, EngineFailed, GenerationError
+from headrace.engine import Engine, EngineConfig, EngineFailed, GenerationError, options
 from headrace.engine.cli import main
 from headrace.engine.config import ModelConfig
 from headrace.engine.engine import EMBEDDED_MODEL, step_bytes
@@ -95,8 +95,10 @@ def test_a_backend_whose_package_is_missing_is_named(monkeypatch):
         select("triton")
 
 
-def test_what_auto_means():
-    assert (EngineConfig().kernels, EngineConfig().torch_cache_dtype) == ("reference", "float32")
+def test_what_auto_means(monkeypatch):
+    for built, kernels in ((True, "native"), (False, "reference")):
+        monkeypatch.setattr(options, "native_is_built", lambda built=built: built)
+        assert (EngineConfig().kernels, EngineConfig().torch_cache_dtype) == (kernels, "float32")
     gpu = EngineConfig(device="cuda:0")
     assert (gpu.kernels, gpu.torch_cache_dtype) == ("triton", "bfloat16")
     mixed = EngineConfig(device="cuda", backend="reference", cache_dtype="float32")

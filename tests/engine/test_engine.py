@@ -132,7 +132,7 @@ def test_errors_cross_processes():
         {"preempt_bytes": -1},
         {"device": "tpu"},
         {"device": "cuda:x"},
-        {"backend": "native"},
+        {"backend": "native", "device": "cuda"},
         {"backend": "triton"},
         {"cache_dtype": "float64"},
         {"closing_text": 3},
@@ -377,15 +377,18 @@ def test_async_streams_share_one_loop(text):
 
 def test_a_stream_may_be_read_in_turn_by_loops_and_threads(text):
     """Each reader hears of what arrives while it waits: no ``aiter`` needed, none of the old one's left over."""
+    gate = threading.Semaphore(0)  # four tokens for every read: some of them may wait for the rest of a character
 
     async def two(stream):
-        return [await anext(stream) for _ in range(2)]
+        return [gate.release(4) or await anext(stream) for _ in range(2)]
 
-    with scripted_engine(text, Scripted(counting)) as engine:
+    with scripted_engine(text, Scripted(counting, gate=gate)) as engine:
         stream = engine.generate_stream([300], SamplingParams(temperature=0.0, max_tokens=60))
         for _ in range(3):
             asyncio.run(asyncio.wait_for(two(stream), 20))
+            gate.release(4)
             next(stream)
+        gate.release(60)
         assert list(stream)[-1].reason == "length"
         assert stream.token_ids[0] == tuple(300 + i % 100 for i in range(1, 61))
 

@@ -1,4 +1,4 @@
-"""Every kernel test runs on the references, and as many more times as there are ways to run the Triton kernels.
+"""Every kernel test runs on the references, on each instruction path of the native kernels, and on Triton's.
 
 With TRITON_INTERPRET=1 the same tests run the Triton kernels in the repaired interpreter instead; where there is a GPU
 they also run there (``pytest -m gpu``), with every tensor of the test on it.
@@ -8,6 +8,7 @@ import os
 import sys
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from headrace.kernels import BACKENDS, MODULES
+from headrace.kernels.native.library import EXACT_PATHS, NotBuilt, Pool, available_paths
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -32,21 +34,37 @@ if INTERPRETED:
             yield
 
 
-WAYS = ["triton"] if INTERPRETED else ["reference"]
+def native_paths() -> list[str]:
+    """Instruction paths of this machine; none where the native kernels were not built."""
+    try:
+        return [f"native-{path}" for path in available_paths() if path in EXACT_PATHS]
+    except NotBuilt:
+        return []
+
+
+WAYS = ["triton"] if INTERPRETED else ["reference", *native_paths()]
 if torch.cuda.is_available() and not INTERPRETED:
     WAYS.append(pytest.param("gpu", marks=pytest.mark.gpu))
 
 
-class Ops:
-    """One backend's ops, each imported when it is asked for."""
+@cache
+def pool_of(threads: int, path: str) -> Pool:
+    return Pool(threads, path)
 
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
+
+class Ops:
+    """One backend's ops, each imported when it is asked for. Native ones run on as many threads as torch does."""
+
+    def __init__(self, way: str) -> None:
+        self.backend, _, self.path = way.partition("-")
 
     def __getattr__(self, op: str) -> object:
         if op not in MODULES:
             raise AttributeError(op)
-        return getattr(import_module(f"{BACKENDS[self.backend]}.{MODULES[op]}"), op)
+        function = getattr(import_module(f"{BACKENDS[self.backend]}.{MODULES[op]}"), op)
+        if not self.path:
+            return function
+        return lambda *args, **options: function(*args, **options, pool=pool_of(torch.get_num_threads(), self.path))
 
 
 @pytest.fixture(params=WAYS)

@@ -110,13 +110,16 @@ def test_a_row_of_nan_picks_real_experts_and_harms_no_other(kernels, routing):
             assert_same_bits(routes.weights[row], expected.weights[row])
 
 
-@pytest.mark.parametrize(("rows", "experts", "top_k"), [(1, 512, 22), (67, 24, 3), (40, 5, 5), (33, 600, 2), (5, 9, 1)])
+@pytest.mark.parametrize(
+    ("rows", "experts", "top_k"),
+    [(1, 512, 22), (67, 24, 3), (40, 5, 5), (33, 600, 2), (5, 9, 1), (64, 16, 2), (150, 1024, 32), (3, 400, 300)],
+)
 def test_tiles_hold_every_pair_once(kernels, rows, experts, top_k):
     """The Triton backend's plan: pairs in order of expert, then row; tiles of at most 16; unused slots say so."""
     if kernels.backend != "triton":
         pytest.skip("the reference needs no plan")
     logits = torch.randn(rows, experts, generator=seeded(5))
-    logits[:, experts // 2] = 9.0  # one expert has a pair of every row
+    logits[:, [0, experts // 2]] = 9.0  # these have a pair of every row; pairs are grouped 128 at a time
     routes = kernels.route(logits, torch.zeros(experts), Routing(top_k, 1, 1, True, 1.0))
     pairs = routes.experts.flatten()
     assert routes.plan.order.tolist() == pairs.argsort(stable=True).tolist()
@@ -127,6 +130,13 @@ def test_tiles_hold_every_pair_once(kernels, rows, experts, top_k):
     slots = [tuple(slot) for slot in routes.plan.tiles.t().tolist()]
     assert slots[: len(expected)] == expected
     assert all(count == 0 for _, _, count in slots[len(expected) :])
+
+
+def test_more_experts_than_fit_are_refused(kernels):
+    if kernels.backend != "triton":
+        pytest.skip("the reference takes any number")
+    with pytest.raises(ValueError, match="1025 experts: at most 1024"):
+        kernels.route(torch.zeros(1, 1025), torch.zeros(1025), Routing(1, 1, 1, True, 1.0))
 
 
 @dataclass(frozen=True)
@@ -201,6 +211,10 @@ def test_experts(kernels, case):
     assert_close(actual, expected, case.width + case.inner + case.top_k)
     strided = replace(routes, weights=scattered(weights))
     assert_same_bits(kernels.experts(scattered(x), packed, strided), actual)
+    residual = torch.randn(x.shape, generator=seeded(1))
+    for given in (residual, scattered(residual)):
+        assert_same_bits(kernels.experts(x, packed, routes, residual=given), residual + actual)
+    assert_same_bits(kernels.experts(x, packed, routes), actual)
 
 
 @pytest.mark.parametrize("case", [Case(33, 16, 4, 64, 128), Case(7, 3, 2, 13, 17), Case(2, 4, 2, 1040, 72)], ids=str)
@@ -247,7 +261,7 @@ def test_a_token_does_not_see_the_others(kernels, case):
     assert_same_bits(run(poisoned)[0], expected[0])
 
 
-@pytest.mark.parametrize("case", [Case(17, 4, 2, 13, 49), Case(17, 4, 2, 600, 20)], ids=str)
+@pytest.mark.parametrize("case", [Case(17, 4, 2, 13, 49), Case(17, 4, 2, 600, 20), Case(40, 5, 4, 7, 5)], ids=str)
 def test_a_gpu_would_forgive_it(kernels, case):
     """Programs in any order, no lane out of bounds, no race, nothing that hangs on masked lanes."""
     if kernels.backend != "triton":
@@ -256,6 +270,10 @@ def test_a_gpu_would_forgive_it(kernels, case):
 
     x, up, down, picked, weights = inputs(case)
     x, packed = scattered(x), kernels.pack_experts(up, down)
+
+    def run() -> Tensor:
+        return kernels.experts(x, packed, routes_to(kernels, picked, weights, case.experts), residual=x)
+
     with sanitize():
-        actual = kernels.experts(x, packed, routes_to(kernels, picked, weights, case.experts))
-    assert_same_bits(actual, kernels.experts(x, packed, routes_to(kernels, picked, weights, case.experts)))
+        actual = run()
+    assert_same_bits(actual, run())

@@ -399,6 +399,25 @@ def test_a_rendering_ends(tekken: ChatTemplate, monkeypatch: pytest.MonkeyPatch,
     assert ChatTemplate("{{ messages[0].content }}", tekken._tokenizer).render([USER]).text == USER["content"]
 
 
+def test_a_rendering_ends_in_time(tekken: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate("{% for a in range(1000) %}{% endfor %}", tekken._tokenizer)
+    template.render([USER])
+    monkeypatch.setattr(sandbox_module, "MAX_SECONDS", -1.0)
+    _, problem = refusal(lambda: template.render([USER]))
+    assert "template takes more than" in problem
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ 'x' * 99999999 }}", "{{ [1, 2] * 99999999 }}", "{{ 99999999 * 'x' }}", "{{ 9 ** 99999999 }}"],
+)
+def test_one_operation_makes_nothing_huge(tekken: ChatTemplate, source: str) -> None:
+    _, problem = refusal(lambda: ChatTemplate(source, tekken._tokenizer).render([USER]))
+    assert "of the template makes more than" in problem
+    fits = ChatTemplate("{{ 'ab' * 2 }}{{ 2 ** 10 }}{{ 6 * 7 }}{{ 2 * 1.5 }}", tekken._tokenizer)
+    assert fits.render([USER]).text == "abab1024423.0"
+
+
 def test_threads_do_not_disturb_each_other(tekken: ChatTemplate) -> None:
     expected = {effort: tekken.render([USER], effort=effort) for effort in ("none", "low", "high")}
     wrong: list[str] = []

@@ -1,6 +1,6 @@
-"""Checkpoints: safetensors files, sharded or not, streamed tensor by tensor into the names the model is built from."""
+"""Checkpoints: safetensors files, sharded or not, read tensor by tensor as the model is built from them."""
 
 from headrace.engine.model.weights.errors import CheckpointError
-from headrace.engine.model.weights.loader import load_weights
+from headrace.engine.model.weights.loader import open_weights
 
-__all__ = ["CheckpointError", "load_weights"]
+__all__ = ["CheckpointError", "open_weights"]

@@ -2,8 +2,9 @@
 
 The file: 8 bytes header length (little endian), the header (JSON: name -> dtype, shape, data_offsets), then the data,
 which the tensors cover without gap or overlap. The safetensors library checks the same when it opens a file; this
-reader exists so that shapes and dtypes of all shards are known before the first byte is loaded, and so that each kind
-of damage has a message of its own.
+reader exists so that shapes and dtypes of all shards are known before the first byte is loaded, so that each kind of
+damage has a message of its own, and so that tensors are read, not mapped: pages of a mapped file stay in memory beside
+the packed weights made of them.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Entry:
     shape: tuple[int, ...]
     start: int  # bytes into the data
     end: int
+    data: int  # bytes of the file before the data
 
     @property
     def num_bytes(self) -> int:
@@ -53,12 +55,12 @@ def read_header(file: Path) -> list[Entry]:
             raw = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror or error}") from error
-    entries = sorted(_entries(file, raw), key=lambda entry: (entry.start, entry.end))
+    entries = sorted(_entries(file, raw, 8 + length), key=lambda entry: (entry.start, entry.end))
     _check_cover(file, entries, size - 8 - length)
     return entries
 
 
-def _entries(file: Path, raw: bytes) -> list[Entry]:
+def _entries(file: Path, raw: bytes, data: int) -> list[Entry]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
@@ -78,10 +80,13 @@ def _entries(file: Path, raw: bytes) -> list[Entry]:
         raise CheckpointError(f"{file}: header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: header is not a JSON object")
-    return [_entry(file, name, value) for name, value in header.items() if name != "__metadata__"]
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{file}: __metadata__ is not an object of strings")
+    return [_entry(file, name, value, data) for name, value in header.items() if name != "__metadata__"]
 
 
-def _entry(file: Path, name: str, value: Any) -> Entry:
+def _entry(file: Path, name: str, value: Any, data: int) -> Entry:
     where = f"{file}: tensor {name!r}"
     if not isinstance(value, dict) or not value.keys() >= {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: header entry lacks dtype, shape or data_offsets")
@@ -97,7 +102,7 @@ def _entry(file: Path, name: str, value: Any) -> Entry:
         raise CheckpointError(
             f"{where}: {dtype} {shape} takes {expected} bytes, data_offsets {offsets} hold {offsets[1] - offsets[0]}"
         )
-    return Entry(name, dtype, tuple(shape), offsets[0], offsets[1])
+    return Entry(name, dtype, tuple(shape), offsets[0], offsets[1], data)
 
 
 def _naturals(value: Any) -> bool:

@@ -1,16 +1,17 @@
-"""Load a checkpoint's tensors: everything is checked against the configuration before a byte is read."""
+"""A checkpoint's tensors, read when they are asked for; all is checked against the configuration before a byte is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headrace.engine.config import ModelConfig
@@ -32,32 +33,98 @@ class _Source:
     place: Place
 
 
-def load_weights(
-    path: str | Path, config: ModelConfig, *, device: torch.device | str = "cpu", progress: bool = False
-) -> dict[str, Tensor]:
-    """Name (as ``names.memory_shapes`` lists it) -> tensor in the dtype of the file.
+class Experts:
+    """The experts of one layer, each read when it is asked for: like a stacked tensor, in the widest dtype of them.
 
-    Stacked experts take the widest dtype among them. Nothing may be missing and nothing left over. Raises
-    CheckpointError naming the file and the tensor. Bytes are copied: the files may be deleted afterwards.
+    One buffer holds them all, one after the other: what was given is overwritten by what is asked for next.
     """
-    sources = _match(Path(path), config)
-    dtypes: dict[str, torch.dtype] = {}
-    for source in sources:
-        dtype = DTYPES[source.entry.dtype]
-        dtypes[source.place.name] = torch.promote_types(dtypes.get(source.place.name, dtype), dtype)
-    weights = {
-        name: torch.empty(shape, dtype=dtypes[name], device=device) for name, shape in memory_shapes(config).items()
-    }
-    with _bar(sum(source.entry.num_bytes for source in sources), progress) as bar:
-        for source, tensor in _stream(sources):
-            target = weights[source.place.name]
-            (target if source.place.row is None else target[source.place.row]).copy_(tensor)
-            bar.advance(bar.task_ids[0], source.entry.num_bytes)
-    return weights
+
+    def __init__(self, reader: _Reader, sources: list[_Source]) -> None:
+        self._reader, self._sources = reader, sources
+        self._buffer = torch.empty(max(source.entry.num_bytes for source in sources), dtype=torch.uint8)
+        self.dtype = torch.float32
+        dtypes = {DTYPES[source.entry.dtype] for source in sources}
+        if len(dtypes) == 1:
+            [self.dtype] = dtypes  # different ones meet in fp32
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __getitem__(self, expert: int) -> Tensor:
+        return self._reader.read(self._sources[expert], self._buffer).to(self.dtype)
 
 
-def _match(folder: Path, config: ModelConfig) -> list[_Source]:
-    """Every tensor of the files with its place, in the order of the files' bytes."""
+class FileWeights(Mapping[str, Any]):
+    """Name (as ``names.memory_shapes`` lists it) -> tensor in the dtype of the file, or ``Experts``.
+
+    Nothing is kept: what is asked for twice is read twice. Reading raises CheckpointError naming file and tensor.
+    """
+
+    def __init__(self, sources: dict[str, list[_Source]], reader: _Reader) -> None:
+        self._sources, self._reader = sources, reader
+
+    def __getitem__(self, name: str) -> Tensor | Experts:
+        sources = self._sources[name]
+        if sources[0].place.row is None:
+            return self._reader.read(sources[0])
+        return Experts(self._reader, sources)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self._sources
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+@contextmanager
+def open_weights(
+    path: str | Path, config: ModelConfig, *, device: torch.device | str = "cpu", progress: bool = False
+) -> Iterator[FileWeights]:
+    """A checkpoint's tensors, readable inside the context; progress: a bar on stderr of the bytes read so far.
+
+    Nothing may be missing and nothing left over. Raises CheckpointError naming the file and the tensor.
+    """
+    found = _match(Path(path), config)
+    by_name: dict[str, list[_Source]] = {name: [] for name in memory_shapes(config)}
+    for name in places(config):
+        by_name[found[name].place.name].append(found[name])
+    with _bar(sum(source.entry.num_bytes for source in found.values()), progress) as bar, ExitStack() as files:
+        yield FileWeights(by_name, _Reader(files, torch.device(device), bar))
+
+
+class _Reader:
+    """Open files, and the bar."""
+
+    def __init__(self, stack: ExitStack, device: torch.device, bar: Progress) -> None:
+        self._stack, self._device, self._bar = stack, device, bar
+        self._files: dict[Path, FileIO] = {}
+
+    def read(self, source: _Source, buffer: Tensor | None = None) -> Tensor:
+        """The tensor on the device; on a CPU in ``buffer`` (uint8, large enough), if there is one."""
+        file, entry = source.file, source.entry
+        data = torch.empty(entry.num_bytes, dtype=torch.uint8) if buffer is None else buffer[: entry.num_bytes]
+        target: Any = memoryview(data.numpy())  # type: ignore[arg-type]
+        try:
+            if file not in self._files:
+                self._files[file] = self._stack.enter_context(file.open("rb", buffering=0))
+            stream, done = self._files[file], 0
+            stream.seek(entry.data + entry.start)
+            while done < entry.num_bytes:  # one call reads at most 2 GiB
+                count = stream.readinto(target[done:])
+                if not count:
+                    raise CheckpointError(f"{file}: ends inside tensor {entry.name!r}")
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"{file}: tensor {entry.name!r}: {error.strerror or error}") from error
+        self._bar.advance(self._bar.task_ids[0], entry.num_bytes)
+        return data.view(DTYPES[entry.dtype]).view(entry.shape).to(self._device)
+
+
+def _match(folder: Path, config: ModelConfig) -> dict[str, _Source]:
+    """Name (as ``names.places`` lists it) -> the file's tensor."""
     expected = places(config)
     found: dict[str, _Source] = {}
     unexpected = []
@@ -82,7 +149,7 @@ def _match(folder: Path, config: ModelConfig) -> list[_Source]:
     faults += [f"left over {_some(unexpected)}, for which config.json has no place"] if unexpected else []
     if faults:
         raise CheckpointError(f"{folder}: {'; '.join(faults)}")
-    return list(found.values())
+    return found
 
 
 def _without_prefix(name: str) -> str | None:
@@ -98,19 +165,6 @@ def _without_prefix(name: str) -> str | None:
 def _some(names: list[str]) -> str:
     shown = ", ".join(repr(name) for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"
-
-
-def _stream(sources: list[_Source]) -> Iterator[tuple[_Source, Tensor]]:
-    by_file: dict[Path, list[_Source]] = {}
-    for source in sources:
-        by_file.setdefault(source.file, []).append(source)
-    for file, group in by_file.items():
-        try:
-            with safe_open(file, framework="pt") as reader:
-                for source in group:
-                    yield source, reader.get_tensor(source.entry.name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: {error}") from error
 
 
 @contextmanager

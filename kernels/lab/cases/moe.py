@@ -98,7 +98,7 @@ def route_case(batch: int) -> Case:
         minimum_bytes=(batch + 1) * EXPERTS * FP32
         + pairs * (INT64 + FP32 + INT32)
         + 3 * INT32 * most_tiles(batch, ROUTING.top_k, EXPERTS),
-        most_bytes=1.45,  # beside that a byte per row and expert, from the rows' programs to the one that groups them
+        most_bytes=1.10,  # beside that the picks once more, read by the program that groups them
         steps=("EXPERTS", "TOP_K", "WIDTH"),
         sample=every,
     )

@@ -1,0 +1,117 @@
+"""The compiled library: which instruction path runs, and calls that cost a microsecond.
+
+A pool is a number of threads on one path. The GIL is released while an op runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import struct
+import weakref
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from headrace.kernels import native
+
+PATHS = ("avx512_bf16", "avx512", "avx2", "portable")
+"""Instruction paths; each is a library of its own. All but the first give the same bits."""
+
+EXACT_PATHS = PATHS[1:]
+"""Best first. avx512_bf16 rounds activations to bf16 before they meet bf16 weights: twice the flops."""
+
+
+class NotBuilt(ImportError):
+    """The package was installed where there was no C++ compiler."""
+
+
+def find(path: str) -> Path | None:
+    """A path's library, or None if it was not built. In an editable install it lies beside another copy of us."""
+    files = (Path(folder) / f"headrace_{path}.so" for folder in native.__path__)
+    return next((file for file in files if file.exists()), None)
+
+
+@cache
+def _library(path: str) -> ctypes.CDLL:
+    file = find(path)
+    if file is None:
+        raise NotBuilt(
+            f"the native kernels were not built: headrace_{path}.so is missing. Installing the package where there is "
+            "a C++20 compiler builds them"
+        )
+    return ctypes.CDLL(str(file))
+
+
+def available_paths() -> tuple[str, ...]:
+    """The paths that were built and that this machine has the instructions for. Raises NotBuilt."""
+    portable = _library("portable")
+    return tuple(path for path in PATHS if find(path) and (path == "portable" or portable[f"headrace_has_{path}"]()))
+
+
+def choose_path(asked: str = "auto") -> str:
+    """The path asked for, or the best exact one. Raises NotBuilt, and ValueError for one that does not run here."""
+    paths = available_paths()
+    if asked == "auto":
+        return next(path for path in EXACT_PATHS if path in paths)
+    if asked not in paths:
+        raise ValueError(f"instructions {asked!r} are not this machine's, which runs {', '.join(paths)}")
+    return asked
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def prefer_huge_pages(address: int, size: int) -> None:
+    """Ask for huge pages below memory that is not touched yet: 1/512 of the page faults, and fewer misses later."""
+    if size >= 8 << 20 and hasattr(mmap, "MADV_HUGEPAGE"):
+        page = mmap.PAGESIZE
+        start, end = -(-address // page) * page, (address + size) // page * page
+        # A request: a kernel without huge pages refuses it, and nothing is lost.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
+
+
+class Pool:
+    """``threads`` threads, the caller's included, that run one path's kernels; ``path`` as in ``choose_path``.
+
+    Raises NotBuilt, ValueError for a path that this machine does not run, OSError where threads cannot be had.
+    """
+
+    def __init__(self, threads: int, path: str = "auto") -> None:
+        self.threads, self.path = threads, choose_path(path)
+        self.library = _library(self.path)
+        self.library.headrace_open.restype = ctypes.c_void_p
+        self.handle = self.library.headrace_open(ctypes.c_int(threads))
+        if not self.handle:
+            raise OSError(f"cannot start {threads} threads")
+        weakref.finalize(self, self.library.headrace_close, ctypes.c_void_p(self.handle))
+        self.ops: dict[str, Callable[[int, bytes], int]] = {}
+
+    def function(self, op: Op) -> Callable[[int, bytes], int]:
+        """The library's function for an op, once its layout of arguments is seen to be ours."""
+        function = self.ops.get(op.name)
+        if function is None:
+            fields = self.library[f"headrace_{op.name}_fields"]()
+            if fields * 8 != op.layout.size:
+                raise NotBuilt(f"the native library is of another version: {op.name} takes {fields} arguments there")
+            # A fresh function object: attribute access on the library would share this one between pools.
+            function = self.library[f"headrace_{op.name}"]
+            function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
+            self.ops[op.name] = function
+        return function
+
+
+class Op:
+    """One op of the library. ``layout``: a letter per field of its struct in ops.h, q integer or address, d double."""
+
+    def __init__(self, name: str, layout: str) -> None:
+        self.name, self.layout = name, struct.Struct("=" + layout)
+        self._pack = self.layout.pack
+
+    def __call__(self, pool: Pool, *fields: float) -> None:
+        """Run it. Addresses must stay valid during the call. Raises MemoryError for scratch that cannot be had."""
+        if pool.function(self)(pool.handle, self._pack(*fields)):
+            raise MemoryError(f"no memory for the scratch of {self.name}")

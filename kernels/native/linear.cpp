@@ -1,0 +1,131 @@
+// Dense projections, y = residual + f(norm(x)) W^T + bias, and the packing of weights into panels.
+
+#include "ops.h"
+#include "rows.h"
+
+namespace headrace {
+
+namespace {
+
+// A panel is its source transposed: rows become lanes. Word is what stays together: an element, or two of 16 bits.
+template <class Word>
+void transpose(const PackArgs& a, int64_t panel) {
+    constexpr int64_t STRIP = 16;  // words: a line of each of 32 rows of the source
+    const int64_t step = a.format == BF16 ? 2 : 1, element = a.format == FP32 ? 4 : 2;
+    const int64_t words = a.columns / step, stride = a.stride * element, from = std::max(a.first_row, panel * PANEL);
+    const int64_t lanes = std::min(a.first_row + a.rows, (panel + 1) * PANEL) - from;
+    const std::byte* source = a.source + (from - a.first_row) * stride;
+    std::byte* out = a.panels + panel_bytes(Format(a.format), a.width) * panel +
+                     (a.first_column / step * PANEL + from % PANEL) * int64_t(sizeof(Word));
+    for (int64_t strip = 0; strip < words; strip += STRIP) {
+        const int64_t end = std::min(strip + STRIP, words);
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+            Word line[STRIP];
+            const size_t some = size_t(end - strip) * sizeof(Word);
+            std::memcpy(line, source + lane * stride + strip * int64_t(sizeof(Word)), some);
+            for (int64_t k = strip; k < end; ++k)
+                std::memcpy(out + (k * PANEL + lane) * int64_t(sizeof(Word)), line + k - strip, sizeof(Word));
+        }
+    }
+}
+
+// Pairs of k that the source's columns do not fill, or do not begin with, one element at a time.
+void transpose_odd(const PackArgs& a, int64_t panel) {
+    const auto* source = reinterpret_cast<const uint16_t*>(a.source);
+    auto* out = reinterpret_cast<uint16_t*>(a.panels) + panel * a.width * PANEL;
+    const int64_t from = std::max(a.first_row, panel * PANEL), to = std::min(a.first_row + a.rows, (panel + 1) * PANEL);
+    for (int64_t row = from; row < to; ++row)
+        for (int64_t column = 0; column < a.columns; ++column) {
+            const int64_t k = a.first_column + column;
+            out[k / 2 * 2 * PANEL + 2 * (row % PANEL) + k % 2] = source[(row - a.first_row) * a.stride + column];
+        }
+}
+
+}  // namespace
+
+void pack(Pool& pool, const PackArgs& a) {
+    const int64_t first = a.first_row / PANEL;
+    pool.items(0, (a.first_row + a.rows + PANEL - 1) / PANEL - first);
+    pool.run([&](int thread) {
+        pool.each(thread, 0, 1, [&](int64_t begin, int64_t) {
+            const bool odd = a.format == BF16 && (a.first_column % 2 || a.columns % 2);
+            if (odd) return transpose_odd(a, first + begin);
+            a.format == FP16 ? transpose<uint16_t>(a, first + begin) : transpose<uint32_t>(a, first + begin);
+        });
+    });
+}
+
+namespace {
+
+constexpr int64_t COLUMNS = 1024;  // of a block of rows that one thread prepares at a time
+
+// Columns [begin, end) of f(norm(x)) for the rows of one block.
+void prepare(const LinearArgs& a, float* packed, int64_t first_row, int64_t begin, int64_t end) {
+    const int64_t columns = a.columns[0] + a.columns[1];
+    float values[COLUMNS];
+    for (int64_t row = first_row; row < std::min(first_row + ROWS, a.rows); ++row) {
+        auto at = [&](int64_t k) {
+            return k < a.columns[0] ? a.x[0] + row * a.stride[0] + k : a.x[1] + row * a.stride[1] + k - a.columns[0];
+        };
+        for (int64_t k = begin; k < end; ++k) values[k - begin] = k < columns ? *at(k) : 0.0f;
+        if (a.norm_weight) {
+            const int64_t width = columns / a.norm_groups;
+            for (int64_t group = begin / width; group * width < std::min(end, columns); ++group) {
+                float factor;
+                if (a.norm_groups == 1 && a.columns[1]) {  // one group over both inputs
+                    const float squares = sum_of_squares(at(0), a.columns[0]) + sum_of_squares(at(a.columns[0]), a.columns[1]);
+                    factor = 1.0f / std::sqrt(squares / float(width) + float(a.norm_eps));
+                } else {
+                    factor = rms_factor(at(group * width), width, a.norm_eps);
+                }
+                const int64_t from = std::max(begin, group * width), to = std::min({end, (group + 1) * width, columns});
+                for (int64_t k = from; k < to; ++k) values[k - begin] = values[k - begin] * factor * a.norm_weight[k];
+            }
+        }
+        for (int64_t k = std::max(begin, a.relu2_from); k < std::min(end, columns); ++k) {
+            const float v = values[k - begin] < 0.0f ? 0.0f : values[k - begin];
+            values[k - begin] = v * v;
+        }
+        pack_columns(Format(a.format), packed, row, a.rows, a.width, begin, end,
+                     [&](int64_t k) { return values[k - begin]; });
+    }
+}
+
+void finish(const LinearArgs& a, const float* c, int64_t first_row, int64_t rows, int64_t panel) {
+    const int64_t from = panel * PANEL, count = std::min(PANEL, a.outputs - from);
+    for (int64_t i = 0; i < rows; ++i) {
+        const float* residual = a.residual ? a.residual + (first_row + i) * a.residual_stride + from : nullptr;
+        float* y = a.y + (first_row + i) * a.outputs + from;
+        for (int64_t n = 0; n < count; ++n) {
+            float v = c[i * PANEL + n];
+            if (a.bias) v += a.bias[from + n];
+            y[n] = residual ? residual[n] + v : v;
+        }
+    }
+}
+
+}  // namespace
+
+void linear(Pool& pool, const LinearArgs& a) {
+    const int64_t blocks = (a.rows + ROWS - 1) / ROWS, pieces = (a.width + COLUMNS - 1) / COLUMNS;
+    const int64_t panels = (a.outputs + PANEL - 1) / PANEL, bands = (a.rows + BAND - 1) / BAND;
+    auto* packed = reinterpret_cast<float*>(pool.shared(size_t(a.rows * a.width) * sizeof(float)));
+    pool.items(0, blocks * pieces);
+    pool.items(1, bands * panels);
+    pool.run([&](int thread) {
+        auto* own = reinterpret_cast<float*>(pool.own(thread));
+        pool.each(thread, 0, 1, [&](int64_t item, int64_t) {
+            const int64_t begin = item % pieces * COLUMNS;
+            prepare(a, packed, item / pieces * ROWS, begin, std::min(begin + COLUMNS, a.width));
+        });
+        pool.each(thread, 1, 1, [&](int64_t item, int64_t) {
+            const int64_t row = item / panels * BAND, rows = std::min(BAND, a.rows - row), panel = item % panels;
+            float* c = own + DEPTH * PANEL;
+            const std::byte* weights = a.panels + panel * panel_bytes(Format(a.format), a.width);
+            multiply_panel(Format(a.format), weights, a.width, packed + row * a.width, rows, c, own);
+            finish(a, c, row, rows, panel);
+        });
+    });
+}
+
+}  // namespace headrace

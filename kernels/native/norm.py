@@ -1,0 +1,22 @@
+"""RMS norm of rows; see ``kernels/norm.py`` for the contract."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headrace.kernels.native.library import Op, Pool
+from headrace.kernels.norm import Norm
+
+RMS_NORM = Op("rms_norm", "qqqqqqdq")
+
+
+def rms_norm(x: Tensor, norm: Norm, *, pool: Pool) -> Tensor:
+    """As the reference's; the same bits as ``linear`` with that norm works on."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    rows, columns = x.shape
+    y = torch.empty(rows, columns)
+    RMS_NORM(
+        pool, x.data_ptr(), x.stride(0), rows, columns, norm.groups, norm.weight.data_ptr(), norm.eps, y.data_ptr()
+    )
+    return y
