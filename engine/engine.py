@@ -112,6 +112,7 @@ class Engine:
         config: EngineConfig,
     ) -> None:
         self.config = config
+        self._kernels = kernels
         self.model_config = model_config
         self.model_name = name
         self.tokenizer = tokenizer
@@ -288,6 +289,7 @@ class Engine:
     def close(self, drain: bool = False, timeout: float | None = None) -> None:
         """Stop. With ``drain``, requests already accepted may finish, within ``timeout`` seconds; the rest abort."""
         self._loop.close(drain, timeout)
+        self._kernels.close()
 
     def __enter__(self) -> Engine:
         return self

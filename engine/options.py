@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from headrace.kernels import native_is_built
+from headrace.kernels.native.library import MAX_THREADS
 
 Backend = Literal["auto", "reference", "native", "triton"]
 Instructions = Literal["auto", "portable", "avx2", "avx512", "avx512_bf16"]
@@ -63,6 +64,8 @@ class EngineConfig:
         for name in ("max_batched_tokens", "num_pages", "cache_bytes", "threads"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
+        if self.threads is not None and self.threads > MAX_THREADS:
+            raise ValueError(f"threads must be at most {MAX_THREADS}, got {self.threads}")
         if self.max_context is not None:
             _check_int("max_context", self.max_context, 2)
         _check_int("preempt_bytes", self.preempt_bytes, 0)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -32,6 +32,8 @@ class Kernels:
     experts: Op
     rms_norm: Op
     sample: Op
+    close: Callable[[], None] = lambda: None
+    """Ends what the backend keeps, threads say; its ops may not be called afterwards."""
 
 
 MODULES = {
@@ -70,7 +72,7 @@ def select(backend: str = "reference", *, threads: int | None = None, instructio
         except ModuleNotFoundError as error:
             raise ValueError(f"backend {backend!r} needs the package {error.name!r}, which is not installed") from error
 
-    ops = {field.name: getattr(module(field.name), field.name) for field in fields(Kernels)}
+    ops = {op: getattr(module(op), op) for op in MODULES}
     if backend == "native":
         from headrace.kernels.native.library import NotBuilt, Pool, available_cores
 
@@ -78,12 +80,15 @@ def select(backend: str = "reference", *, threads: int | None = None, instructio
             pool = Pool(threads or available_cores(), instructions)
         except NotBuilt as error:
             raise ValueError(f"backend 'native': {error}") from error
-        ops = {name: partial(op, pool=pool) for name, op in ops.items()}
+        return Kernels(**{name: partial(op, pool=pool) for name, op in ops.items()}, close=pool.close)
     return Kernels(**ops)
 
 
 def native_is_built() -> bool:
-    """Whether the C++ kernels were compiled when this package was installed."""
-    from headrace.kernels.native.library import find
+    """Whether the C++ kernels were compiled when this package was installed, and can be loaded."""
+    from headrace.kernels.native.library import NotBuilt, available_paths
 
-    return find("portable") is not None
+    try:
+        return bool(available_paths())
+    except NotBuilt:
+        return False

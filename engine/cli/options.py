@@ -11,7 +11,7 @@ SAMPLING, REASONING, OUTPUT = "Sampling", "Reasoning", "Output"
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder of a checkpoint.", show_default="the embedded model")
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu (plain torch), or cuda, cuda:N (Triton kernels).")]
+Device = Annotated[str, typer.Option("--device", help="cpu (native kernels), or cuda, cuda:N (Triton kernels).")]
 System = Annotated[str | None, typer.Option("--system", help="System message.", show_default=False)]
 
 Effort = Annotated[

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.attention import Pages
-from headrace.kernels.native.library import Op, Pool
+from headrace.kernels.native.library import Op, Pool, empty, rows_of
 from headrace.kernels.native.linear import FORMATS
 
 PAGE_FORMATS = {**FORMATS, torch.float8_e4m3fn: 3}
@@ -30,8 +30,9 @@ def decode_attention(
     pool: Pool,
 ) -> Tensor:
     """As the reference's."""
-    y = torch.empty(q.shape)
+    y = empty(*q.shape)
     if q.shape[0]:
+        slots, positions = slots.contiguous(), positions.contiguous()
         DECODE_ATTENTION(
             pool,
             *_common(q, k, v, pages, page_table, scale, y),
@@ -56,7 +57,7 @@ def prefill_attention(
     pool: Pool,
 ) -> Tensor:
     """As the reference's."""
-    y = torch.empty(q.shape)
+    y = empty(*q.shape)
     if q.shape[0]:
         PREFILL_ATTENTION(pool, *_common(q, k, v, pages, page_table, scale, y), slot, start)
     return y
@@ -69,9 +70,9 @@ def _common(
     rows, heads, width = q.shape
     _, page_size, kv_heads, _ = pages.keys.shape
     return (
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
+        rows_of(q),
+        rows_of(k),
+        rows_of(v),
         *q.stride()[:2],
         *k.stride()[:2],
         *v.stride()[:2],

@@ -11,16 +11,19 @@ namespace {
 
 using headrace::Pool;
 
-enum Status { DONE = 0, NO_MEMORY = 1 };
+enum Status { DONE = 0, NO_MEMORY = 1, FAILED = 2 };
 
 template <class Args>
 int call(Pool* pool, const void* args, void (*op)(Pool&, const Args&)) {
     try {
         const auto lock = pool->lock();
+        const headrace::Rounding rounding;
         op(*pool, *static_cast<const Args*>(args));
         return DONE;
     } catch (const std::bad_alloc&) {
         return NO_MEMORY;
+    } catch (...) {  // sizes that no tensor has
+        return FAILED;
     }
 }
 

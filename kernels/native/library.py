@@ -14,6 +14,9 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from headrace.kernels import native
 
 PATHS = ("avx512_bf16", "avx512", "avx2", "portable")
@@ -21,6 +24,10 @@ PATHS = ("avx512_bf16", "avx512", "avx2", "portable")
 
 EXACT_PATHS = PATHS[1:]
 """Best first. avx512_bf16 rounds activations to bf16 before they meet bf16 weights: twice the flops."""
+
+
+MAX_THREADS = 1024
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 class NotBuilt(ImportError):
@@ -41,7 +48,10 @@ def _library(path: str) -> ctypes.CDLL:
             f"the native kernels were not built: headrace_{path}.so is missing. Installing the package where there is "
             "a C++20 compiler builds them"
         )
-    return ctypes.CDLL(str(file))
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError as error:
+        raise NotBuilt(f"the native kernels cannot be loaded: {error}") from error
 
 
 def available_paths() -> tuple[str, ...]:
@@ -61,8 +71,13 @@ def choose_path(asked: str = "auto") -> str:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: of its affinity, and of its control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # not Linux, or "max"
+        return cores
 
 
 def prefer_huge_pages(address: int, size: int) -> None:
@@ -77,23 +92,34 @@ def prefer_huge_pages(address: int, size: int) -> None:
 class Pool:
     """``threads`` threads, the caller's included, that run one path's kernels; ``path`` as in ``choose_path``.
 
-    Raises NotBuilt, ValueError for a path that this machine does not run, OSError where threads cannot be had.
+    Raises NotBuilt, and ValueError for a path that this machine does not run or threads that cannot be had. A child
+    process begun by ``fork`` must open a pool of its own.
     """
 
     def __init__(self, threads: int, path: str = "auto") -> None:
+        if not 1 <= threads <= MAX_THREADS:
+            raise ValueError(f"threads must be 1..{MAX_THREADS}, got {threads}")
         self.threads, self.path = threads, choose_path(path)
         self.library = _library(self.path)
         self.library.headrace_open.restype = ctypes.c_void_p
         self.handle = self.library.headrace_open(ctypes.c_int(threads))
         if not self.handle:
-            raise OSError(f"cannot start {threads} threads")
-        weakref.finalize(self, self.library.headrace_close, ctypes.c_void_p(self.handle))
+            raise ValueError(f"threads: the system does not start {threads}")
         self.ops: dict[str, Callable[[int, bytes], int]] = {}
+        self._finalizer = weakref.finalize(self, self.library.headrace_close, ctypes.c_void_p(self.handle))
+        self._finalizer.atexit = False  # a thread of someone's may be inside an op when the interpreter ends
+
+    def close(self) -> None:
+        """End the threads, after the op that runs; later ops raise RuntimeError. May be called twice."""
+        self.ops, self.handle = {}, None
+        self._finalizer()
 
     def function(self, op: Op) -> Callable[[int, bytes], int]:
         """The library's function for an op, once its layout of arguments is seen to be ours."""
         function = self.ops.get(op.name)
         if function is None:
+            if self.handle is None:
+                raise RuntimeError(f"{op.name} on a pool that was closed")
             fields = self.library[f"headrace_{op.name}_fields"]()
             if fields * 8 != op.layout.size:
                 raise NotBuilt(f"the native library is of another version: {op.name} takes {fields} arguments there")
@@ -113,5 +139,23 @@ class Op:
 
     def __call__(self, pool: Pool, *fields: float) -> None:
         """Run it. Addresses must stay valid during the call. Raises MemoryError for scratch that cannot be had."""
-        if pool.function(self)(pool.handle, self._pack(*fields)):
-            raise MemoryError(f"no memory for the scratch of {self.name}")
+        if status := pool.function(self)(pool.handle, self._pack(*fields)):
+            raise (
+                MemoryError(f"no memory for the scratch of {self.name}")
+                if status == 1
+                else ValueError(f"{self.name}: sizes that no tensor has")
+            )
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for a result, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def rows_of(x: Tensor) -> int:
+    """The address of activations. Raises ValueError for what a kernel would misread."""
+    if x.dtype is not torch.float32 or not x.is_cpu or x.stride(-1) != 1:
+        raise ValueError(
+            f"expected float32 on the CPU with contiguous channels, got {x.dtype}, {x.device}, {x.stride()}"
+        )
+    return x.data_ptr()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.linear import check_prologue
-from headrace.kernels.native.library import Op, Pool, prefer_huge_pages
+from headrace.kernels.native.library import Op, Pool, empty, prefer_huge_pages, rows_of
 from headrace.kernels.norm import Norm
 
 PANEL = 32
@@ -43,12 +43,12 @@ def pack_linear(weights: Sequence[Tensor], bias: Tensor | None = None, *, dim: i
     for weight in weights:
         pack_into(panels, weight.to(dtype), at if dim == 0 else 0, at if dim == 1 else 0, pool)
         at += weight.shape[dim]
-    return PackedLinear(panels, None if bias is None else bias.float(), rows, columns)
+    return PackedLinear(panels, None if bias is None else bias.float().contiguous(), rows, columns)
 
 
 def empty_panels(stack: tuple[int, ...], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Memory for panels; zeros where some of it belongs to no weight."""
-    panels = torch.empty(*stack, -(-rows // PANEL), columns + columns % 2, PANEL, dtype=dtype)
+    panels = empty(*stack, -(-rows // PANEL), columns + columns % 2, PANEL, dtype=dtype)
     prefer_huge_pages(panels.data_ptr(), panels.nbytes)
     return panels.zero_() if rows % PANEL or columns % 2 else panels
 
@@ -85,13 +85,16 @@ def linear(
     first, second = x if isinstance(x, tuple) else (x, None)
     rows, columns = first.shape
     check_prologue(columns, packed.in_features, norm, relu2)
-    y = torch.empty(rows, packed.out_features)
+    width = columns + (0 if second is None else second.shape[1])
+    if width != packed.in_features:
+        raise ValueError(f"a weight of {packed.in_features} inputs for rows of {width}")
+    y = empty(rows, packed.out_features)
     if not rows:
         return y
     LINEAR(
         pool,
-        first.data_ptr(),
-        0 if second is None else second.data_ptr(),
+        rows_of(first),
+        0 if second is None else rows_of(second),
         first.stride(0),
         0 if second is None else second.stride(0),
         columns,
@@ -106,7 +109,7 @@ def linear(
         0.0 if norm is None else norm.eps,
         1 if norm is None else norm.groups,
         (0 if second is None else columns) if relu2 else packed.in_features,
-        0 if residual is None else residual.data_ptr(),
+        0 if residual is None else rows_of(residual),
         0 if residual is None else residual.stride(0),
         y.data_ptr(),
     )
@@ -117,7 +120,7 @@ def embed(weight: Tensor, token_ids: Tensor, *, pool: Pool) -> Tensor:
     """As the reference's."""
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     rows, columns = token_ids.shape[0], weight.shape[1]
-    y = torch.empty(rows, columns)
+    y = empty(rows, columns)
     EMBED(
         pool,
         weight.data_ptr(),

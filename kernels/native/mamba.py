@@ -5,11 +5,10 @@ Memory is contiguous along the last dimension; weights are contiguous.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from headrace.kernels.mamba import MambaWeights, check_ring
-from headrace.kernels.native.library import Op, Pool
+from headrace.kernels.native.library import Op, Pool, empty, rows_of
 from headrace.kernels.native.linear import FORMATS
 
 UPDATE = Op("mamba_update", "q" * 26)
@@ -29,7 +28,7 @@ def mamba_update(
 ) -> Tensor:
     """As the reference's; a sequence's state is read and written once for all its rows."""
     check_ring(conv, weights, rows)
-    y = torch.empty(projected.shape[0], weights.inner)
+    y = empty(projected.shape[0], weights.inner)
     if not projected.shape[0]:
         return y
     slots, positions = slots.contiguous(), positions.contiguous()
@@ -51,7 +50,7 @@ def mamba_prefill(
 ) -> Tensor:
     """As the reference's; the state crosses blocks of at most 32 tokens in fp32."""
     check_ring(conv, weights, 0)
-    y = torch.empty(projected.shape[0], weights.inner)
+    y = empty(projected.shape[0], weights.inner)
     if not projected.shape[0]:
         return y
     PREFILL(pool, *_shared(projected, conv, ssm, weights, y), slot, start, projected.shape[0], chunk)
@@ -61,14 +60,14 @@ def mamba_prefill(
 def _shared(projected: Tensor, conv: Tensor, ssm: Tensor, weights: MambaWeights, y: Tensor) -> tuple[int, ...]:
     """The fields of MambaArgs."""
     return (
-        projected.data_ptr(),
+        rows_of(projected),
         projected.stride(0),
         conv.data_ptr(),
         FORMATS[conv.dtype],
         conv.stride(0),
         conv.stride(1),
         conv.shape[1],
-        ssm.data_ptr(),
+        rows_of(ssm),
         ssm.stride(0),
         ssm.stride(1),
         ssm.stride(2),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.moe import Matrices, Routes, Routing
-from headrace.kernels.native.library import Op, Pool
+from headrace.kernels.native.library import Op, Pool, empty, rows_of
 from headrace.kernels.native.linear import FORMATS, empty_panels, pack_into
 
 ROUTE = Op("route", "qqqqqqqqqdqq")
@@ -46,14 +46,14 @@ def route(logits: Tensor, bias: Tensor, routing: Routing, *, pool: Pool) -> Rout
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     rows, experts = logits.shape
     top_k = min(routing.top_k, experts)
-    picked, weights = torch.empty(rows, top_k, dtype=torch.int64), torch.empty(rows, top_k)
+    picked, weights = empty(rows, top_k, dtype=torch.int64), empty(rows, top_k)
     ROUTE(
         pool,
-        logits.data_ptr(),
+        rows_of(logits),
         logits.stride(0),
         rows,
         experts,
-        bias.data_ptr(),
+        rows_of(bias),
         top_k,
         routing.groups,
         min(routing.topk_groups, routing.groups),
@@ -68,13 +68,13 @@ def route(logits: Tensor, bias: Tensor, routing: Routing, *, pool: Pool) -> Rout
 def experts(x: Tensor, packed: PackedExperts, routes: Routes, *, residual: Tensor | None = None, pool: Pool) -> Tensor:
     """As the reference's; an expert's weights are read once for all the rows that picked it."""
     rows, columns = x.shape
-    y = torch.empty(rows, columns)
+    y = empty(rows, columns)
     if not rows:
         return y
     picked, weights = routes.experts.contiguous(), routes.weights.contiguous()
     EXPERTS(
         pool,
-        x.data_ptr(),
+        rows_of(x),
         x.stride(0),
         rows,
         picked.shape[1],
@@ -88,7 +88,7 @@ def experts(x: Tensor, packed: PackedExperts, routes: Routes, *, residual: Tenso
         packed.up.shape[2],
         packed.inner,
         packed.down.shape[2],
-        0 if residual is None else residual.data_ptr(),
+        0 if residual is None else rows_of(residual),
         0 if residual is None else residual.stride(0),
         y.data_ptr(),
     )

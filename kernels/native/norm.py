@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from headrace.kernels.native.library import Op, Pool
+from headrace.kernels.native.library import Op, Pool, empty, rows_of
 from headrace.kernels.norm import Norm
 
 RMS_NORM = Op("rms_norm", "qqqqqqdq")
 
 
 def rms_norm(x: Tensor, norm: Norm, *, pool: Pool) -> Tensor:
-    """As the reference's; the same bits as ``linear`` with that norm works on."""
+    """As the reference's; the same bits as ``linear`` with that norm works on, for one input."""
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, columns = x.shape
-    y = torch.empty(rows, columns)
-    RMS_NORM(
-        pool, x.data_ptr(), x.stride(0), rows, columns, norm.groups, norm.weight.data_ptr(), norm.eps, y.data_ptr()
-    )
+    y = empty(rows, columns)
+    RMS_NORM(pool, rows_of(x), x.stride(0), rows, columns, norm.groups, norm.weight.data_ptr(), norm.eps, y.data_ptr())
     return y

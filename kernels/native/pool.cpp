@@ -58,13 +58,41 @@ bool Work::claim(int thread, int64_t most, int64_t& begin, int64_t& end) {
 
 Pool::Pool(int threads) : count(threads) {
     for (int t = 0; t < count; ++t) scratch.push_back(allocate(OWN_BYTES));
-    for (int t = 1; t < count; ++t) workers.emplace_back([this, t] { serve(t); });
+    try {
+        for (int t = 1; t < count; ++t) workers.emplace_back([this, t] { serve(t); });
+    } catch (...) {
+        stop();
+        throw;
+    }
 }
 
 Pool::~Pool() {
+    const auto last = lock();  // whoever is inside an op comes first
+    stop();
+}
+
+void Pool::stop() {
     stopping = true;
     begun.advance();
     for (auto& worker : workers) worker.join();
+}
+
+Rounding::Rounding() {
+#if defined(__x86_64__)
+    before = _mm_getcsr();
+    _mm_setcsr(0x1f80);
+#elif defined(__aarch64__)
+    asm volatile("mrs %0, fpcr" : "=r"(before));
+    asm volatile("msr fpcr, %0" : : "r"(uint64_t(0)));
+#endif
+}
+
+Rounding::~Rounding() {
+#if defined(__x86_64__)
+    _mm_setcsr(uint32_t(before));
+#elif defined(__aarch64__)
+    asm volatile("msr fpcr, %0" : : "r"(before));
+#endif
 }
 
 Pool::Memory Pool::allocate(size_t bytes) {
@@ -97,6 +125,7 @@ void Pool::start(Call body, void* argument) {
 }
 
 void Pool::serve(int thread) {
+    const Rounding rounding;
     for (uint32_t seen = 0;;) {
         begun.wait(seen);
         seen = begun.value();

@@ -16,7 +16,7 @@ class Signal {
 public:
     uint32_t value() const { return word.load(std::memory_order_acquire); }
     void advance() {
-        word.fetch_add(1, std::memory_order_release);
+        word.fetch_add(1);
         word.notify_all();
     }
     void wait(uint32_t seen) const;
@@ -44,6 +44,17 @@ private:
     std::vector<Share> shares;
     int64_t total = 0;
     alignas(64) std::atomic<int64_t> done{0};
+};
+
+// While it lives the thread rounds to nearest and keeps subnormals, whatever its owner has set: part of the numerics.
+class Rounding {
+public:
+    Rounding();
+    ~Rounding();
+    Rounding(const Rounding&) = delete;
+
+private:
+    uint64_t before = 0;
 };
 
 class Pool {
@@ -81,8 +92,8 @@ public:
         if (taken && work[phase].finish(taken)) progress.advance();
     }
 
-    // A run of its own: body(i, thread) for i in 0..items_. Where all that is touched is few elements, the caller does it alone:
-    // waking others would take longer.
+    // A run of its own: body(i, thread) for i in 0..items_. Where all that is touched is few elements, the caller does
+    // it alone: waking others would take longer.
     template <class Body>
     void spread(int64_t items_, int64_t elements, Body&& body) {
         const int64_t most = 1 + items_ / (8 * count);
@@ -111,6 +122,7 @@ private:
     using Memory = std::unique_ptr<std::byte[], Free>;
 
     void start(Call call, void* context);
+    void stop();
     void serve(int thread);
     void await(const Work& phase);
     static Memory allocate(size_t bytes);

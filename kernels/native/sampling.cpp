@@ -446,7 +446,7 @@ private:
 void sample(Pool& pool, const SampleArgs& a) {
     const int64_t threads = pool.threads(), pieces = pieces_of(a, (a.vocab + BLOCK - 1) / BLOCK, threads);
     const bool together = pieces > 1;
-    const Seats seats(pool, a, together ? a.rows : std::min(a.rows, threads), pieces);
+    const Seats seats(pool, a, together ? a.rows : threads, pieces);
     if (together)
         for (int64_t row = 0; row < a.rows; ++row) seats[row].begin(row);
     for (int stage = 0; stage <= LAST_STAGE; ++stage) pool.items(stage, a.rows * pieces);
@@ -456,10 +456,9 @@ void sample(Pool& pool, const SampleArgs& a) {
                 seats[thread].begin(row);
                 for (int stage = 0; stage <= LAST_STAGE; ++stage) advance(seats[thread], stage, 0);
             });
-        for (int stage = 0; stage <= LAST_STAGE; ++stage) {
+        for (int stage = 0; stage <= LAST_STAGE; ++stage)
             pool.each(thread, stage, 1,
                       [&](int64_t item, int64_t) { advance(seats[item / pieces], stage, item % pieces); });
-        }
     };
     a.rows * a.vocab < Pool::FEW ? work(0) : pool.run(work);
 }

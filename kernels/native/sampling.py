@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.control import ControlIds
-from headrace.kernels.native.library import Op, Pool
+from headrace.kernels.native.library import Op, Pool, empty, rows_of
 from headrace.kernels.sampling import Sampled, SamplerState
 
 SAMPLE = Op("sample", "q" * 27)
@@ -35,10 +35,10 @@ def sample(
     """As the reference's. Scratch is 4 bytes per logit of the rows in work, which are at most four per thread."""
     rows, vocab = logits.shape
     k = min(top_logprobs, vocab)
-    integers = torch.empty(3, rows, dtype=torch.int64)
-    logp = torch.empty(rows) if logprobs or k else None
-    top_ids = torch.empty(rows, k, dtype=torch.int64) if k else None
-    top_logp = torch.empty(rows, k) if k else None
+    integers = empty(3, rows, dtype=torch.int64)
+    logp = empty(rows) if logprobs or k else None
+    top_ids = empty(rows, k, dtype=torch.int64) if k else None
+    top_logp = empty(rows, k) if k else None
     tokens, phases, finish = integers.unbind()
     out = Sampled(integers, tokens, phases, finish, logp, top_ids, top_logp)
     if not rows:
@@ -49,7 +49,7 @@ def sample(
     slots, ids = slots.contiguous(), control_ids(control)
     SAMPLE(
         pool,
-        logits.data_ptr(),
+        rows_of(logits),
         logits.stride(0),
         rows,
         vocab,

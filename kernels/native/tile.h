@@ -66,17 +66,17 @@ HEADRACE_INLINE int64_t panel_bytes(Format format, int64_t depth) { return depth
 
 // c[m][0..16 V) += panel[depth][16 V] * x: M rows of V vectors, accumulators in registers.
 // panel: stride ``ld`` floats between k. x: element (m, k) at m * row_step + k * k_step. c: stride ``ldc`` between rows.
-// ahead: memory to be asked for meanwhile, a line for each k; anywhere, since asking never faults.
+// ahead: memory to be asked for meanwhile, ``stride`` bytes for each k; anywhere, since asking never faults.
 template <int M, int V>
 HEADRACE_INLINE void tile(const float* panel, int64_t ld, int64_t depth, const float* x, int64_t k_step,
-                          int64_t row_step, float* c, int64_t ldc, const std::byte* ahead) {
+                          int64_t row_step, float* c, int64_t ldc, const std::byte* ahead, int64_t stride) {
     Float acc[M][V];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) acc[m][v] = load(c + m * ldc + 16 * v);
     for (int64_t k = 0; k < depth; ++k) {
-        __builtin_prefetch(ahead + 64 * k);
+        __builtin_prefetch(ahead + stride * k);
         Float w[V];
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) w[v] = load(panel + k * ld + 16 * v);
@@ -95,10 +95,10 @@ HEADRACE_INLINE void tile(const float* panel, int64_t ld, int64_t depth, const f
 
 template <int V>
 inline void tile_rows(int64_t rows, const float* panel, int64_t ld, int64_t depth, const float* x, int64_t k_step,
-                      int64_t row_step, float* c, int64_t ldc, const std::byte* ahead) {
+                      int64_t row_step, float* c, int64_t ldc, const std::byte* ahead, int64_t stride) {
     switch (rows) {
 #define HEADRACE_ROWS(m) \
-    case m: return tile<(m <= ROWS ? m : 1), V>(panel, ld, depth, x, k_step, row_step, c, ldc, ahead);
+    case m: return tile<(m <= ROWS ? m : 1), V>(panel, ld, depth, x, k_step, row_step, c, ldc, ahead, stride);
         HEADRACE_ROWS(1)
         HEADRACE_ROWS(2)
         HEADRACE_ROWS(3)
@@ -115,20 +115,20 @@ inline void tile_rows(int64_t rows, const float* panel, int64_t ld, int64_t dept
     }
 }
 
-// c[rows][16 * vectors] += panel * x for any number of rows and vectors.
+// c[rows][16 * vectors] += panel * x for any number of rows and vectors. ahead: memory to be asked for meanwhile, or null.
 inline void multiply(const float* panel, int64_t ld, int64_t vectors, int64_t depth, const float* x, int64_t k_step,
                      int64_t row_step, int64_t rows, float* c, int64_t ldc, const std::byte* ahead = nullptr) {
+    const auto* here = reinterpret_cast<const std::byte*>(c);
     for (int64_t row = 0; row < rows; row += ROWS) {
         const int64_t some = std::min(ROWS, rows - row);
+        const bool asks = ahead && !row;
         int64_t v = 0;
-        for (; v + VECTORS <= vectors; v += VECTORS) {
-            const std::byte* lines = ahead && !row ? ahead + v * depth * 64 : reinterpret_cast<const std::byte*>(c);
+        for (; v + VECTORS <= vectors; v += VECTORS)
             tile_rows<VECTORS>(some, panel + 16 * v, ld, depth, x + row * row_step, k_step, row_step,
-                               c + row * ldc + 16 * v, ldc, lines);
-        }
+                               c + row * ldc + 16 * v, ldc, asks ? ahead + v * depth * 64 : here, asks ? 64 : 0);
         if (v < vectors)
             tile_rows<1>(some, panel + 16 * v, ld, depth, x + row * row_step, k_step, row_step,
-                         c + row * ldc + 16 * v, ldc, reinterpret_cast<const std::byte*>(c));
+                         c + row * ldc + 16 * v, ldc, here, 0);
     }
 }
 

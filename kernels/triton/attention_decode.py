@@ -34,7 +34,7 @@ from headrace.kernels.triton.attention_softmax import (
     store_tile,
     write_rows,
 )
-from headrace.kernels.triton.common import last_to_arrive
+from headrace.kernels.triton.common import cdiv, last_to_arrive, next_power_of_2
 from headrace.kernels.triton.scratch import counters
 
 SEGMENT_BYTES = 1024
@@ -54,7 +54,7 @@ MOST_PAIRS = 64
 
 def decode_tiles(pairs: int, pages: Pages, arch: int) -> Tiles:
     """For ``pairs`` of (new row, query head) per kv head."""
-    return make_tiles(max(16, triton.next_power_of_2(pairs)), 64, pages, arch)
+    return make_tiles(max(16, next_power_of_2(pairs)), 64, pages, arch)
 
 
 def decode_attention(
@@ -98,8 +98,8 @@ def _decode_rows(
     tiles = decode_tiles(group * now, pages, checked(pages))
     segment = SEGMENT_BYTES // pages.keys.itemsize
     # No sequence is longer than its row of the page table.
-    parts = min(PARTS, triton.cdiv(page_table.shape[1] * page_size, segment))
-    groups = triton.cdiv(parts, FAN)
+    parts = min(PARTS, cdiv(page_table.shape[1] * page_size, segment))
+    groups = cdiv(parts, FAN)
     partial = q.new_empty(sequences, kv_heads, parts + groups, group * now, width)
     stats = q.new_empty(sequences, kv_heads, parts + groups, 2, group * now)
     arrived = counters(q.device, sequences * kv_heads * (groups + 1))

@@ -24,6 +24,7 @@ from headrace.kernels.triton.attention_softmax import (
     store_means,
     write_rows,
 )
+from headrace.kernels.triton.common import cdiv
 
 APPENDED = 16
 """Tokens that one program writes to the pages: small, for many programs; a row is a whole transaction anyway."""
@@ -47,7 +48,7 @@ def prefill_attention(
     group = heads // kv_heads
     where = (page_table[slot], start, length)
     strides = (q.stride()[:2], k.stride()[:2], v.stride()[:2])
-    _append[triton.cdiv(length, APPENDED), kv_heads](
+    _append[cdiv(length, APPENDED), kv_heads](
         *(k, v, pages.keys, pages.values, *where, *strides[1:], pages.k_scale, pages.v_scale),
         WIDTH=width,
         PAGE=page_size,
@@ -56,7 +57,7 @@ def prefill_attention(
         num_stages=1,
         enable_fp_fusion=False,
     )
-    _prefill[triton.cdiv(length * group, tiles.pairs), kv_heads](
+    _prefill[cdiv(length * group, tiles.pairs), kv_heads](
         *(q, out, pages.keys, pages.values, *where, strides[0], score_factor(scale, pages), pages.v_scale),
         GROUP=group,
         WIDTH=width,

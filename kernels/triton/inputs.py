@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.inputs import NO_WRITE
+from headrace.kernels.triton.common import cdiv
 
 BLOCK = 128
 _NO_WRITE = tl.constexpr(NO_WRITE)
@@ -22,7 +23,7 @@ def step_inputs(
     positions = torch.empty(decodes, dtype=torch.int64, device=slots.device)
     if not decodes + prompts + writes:
         return token_ids, positions
-    _step_inputs[(triton.cdiv(max(decodes + prompts, writes), BLOCK),)](
+    _step_inputs[(cdiv(max(decodes + prompts, writes), BLOCK),)](
         token_ids,
         positions,
         last_token,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from headrace.kernels.mamba import MambaWeights, check_ring
 from headrace.kernels.triton.activation import silu, softplus
+from headrace.kernels.triton.common import cdiv, next_power_of_2
 from headrace.kernels.triton.mamba_conv import convolve
 
 CONV_TOKENS, CONV_CHANNELS = 8, 128  # a tile of the convolution; elementwise, so its shape is free
@@ -47,10 +48,10 @@ def scan_launch(head_dim: int, state_size: int, chunk: int) -> ScanLaunch:
     # Chunks of 32, 64, 128, ... tokens are blocks of 32: 64 would halve the steps, but the two parts of operands of
     # 64 x 128 do not fit in registers. The tensor cores' tiles are 16 wide at least.
     length = max(divisor for divisor in range(1, min(chunk, 32) + 1) if chunk % divisor == 0)
-    block_t, block_n = (max(triton.next_power_of_2(size), 16) for size in (length, state_size))
+    block_t, block_n = (max(next_power_of_2(size), 16) for size in (length, state_size))
     # 32 rows of the state: two programs a head, so that one sequence fills the SMs, two programs on each. A warp keeps
     # 32 columns of them in registers: 16 would share the work finer, but leave room for one program on an SM only.
-    block_p = min(max(triton.next_power_of_2(head_dim), 16), 32)
+    block_p = min(max(next_power_of_2(head_dim), 16), 32)
     segment = min(block_n, 32)
     return ScanLaunch(length, block_t, block_p, block_n, block_k=segment, segments=block_n // segment)
 
@@ -70,14 +71,14 @@ def mamba_prefill(
     channels, taps = weights.conv_weight.shape
     ring, state = conv[slot], ssm[slot]
     mixed = torch.empty(2, length, channels, dtype=torch.bfloat16, device=projected.device)
-    _convolve_kernel[(triton.cdiv(channels, CONV_CHANNELS), triton.cdiv(length, CONV_TOKENS))](
+    _convolve_kernel[(cdiv(channels, CONV_CHANNELS), cdiv(length, CONV_TOKENS))](
         projected, projected.stride(0), ring, ring.stride(0), ring.shape[0],
         weights.conv_weight, weights.conv_bias, mixed, mixed.stride(0), start, length,
         INNER=inner, CHANNELS=channels, TAPS=taps, BLOCK_T=CONV_TOKENS, BLOCK_C=CONV_CHANNELS,
         num_warps=4, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
     launch = scan_launch(weights.head_dim, weights.state_size, chunk)
-    blocks = triton.cdiv(length, launch.length)
+    blocks = cdiv(length, launch.length)
     scores = torch.empty(
         blocks, weights.groups, launch.block_t, launch.block_t, dtype=torch.float32, device=projected.device
     )
@@ -86,10 +87,10 @@ def mamba_prefill(
     _scores_kernel[(weights.groups, blocks)](
         projected, projected.stride(0), mixed, mixed.stride(0), weights.a, weights.dt_bias, scores, steps, length,
         HEADS=heads, INNER=inner, GROUPS=weights.groups, STATE=weights.state_size, LENGTH=launch.length,
-        BLOCK_T=launch.block_t, BLOCK_K=launch.block_k, BLOCK_H=triton.next_power_of_2(heads // weights.groups),
+        BLOCK_T=launch.block_t, BLOCK_K=launch.block_k, BLOCK_H=next_power_of_2(heads // weights.groups),
         num_warps=2, num_stages=2, enable_fp_fusion=False,
     )  # fmt: skip
-    _scan_kernel[(triton.cdiv(weights.head_dim, launch.block_p), heads)](
+    _scan_kernel[(cdiv(weights.head_dim, launch.block_p), heads)](
         projected, projected.stride(0), mixed, mixed.stride(0), scores, steps, ring, ring.stride(0),
         ring.shape[0], state, state.stride(0), state.stride(1), weights.d, out, start, length,
         HEADS=heads, HEAD_DIM=weights.head_dim, GROUPS=weights.groups, STATE=weights.state_size, LENGTH=launch.length,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from headrace.kernels.mamba import MambaWeights, check_ring
 from headrace.kernels.triton.activation import silu, softplus
+from headrace.kernels.triton.common import next_power_of_2
 from headrace.kernels.triton.mamba_conv import convolve
 
 
@@ -33,7 +34,7 @@ class UpdateLaunch:
 @cache
 def update_launch(head_dim: int, state_size: int) -> UpdateLaunch:
     """A function of the model alone: the sum over the state has one order."""
-    block_p, block_n = triton.next_power_of_2(head_dim), triton.next_power_of_2(state_size)
+    block_p, block_n = next_power_of_2(head_dim), next_power_of_2(state_size)
     # 8 lanes of 16 bytes read a segment of 32 values, whole sectors; a warp's other lanes hold other rows, and the
     # further segments lie in the same lanes. So the sum over the state takes 3 shuffles a row in place of 5, and a
     # quarter of the rows a warp: 12 shuffles a thread for 64 x 128, where a row across a warp would take 80.

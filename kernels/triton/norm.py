@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.norm import Norm
+from headrace.kernels.triton.common import next_power_of_2
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Blocks:
 @cache
 def blocks(span: int) -> Blocks:
     """For groups of ``span`` channels: a whole group at once up to 8192, with at most 32 values a thread."""
-    channels = min(8192, max(128, triton.next_power_of_2(span)))
+    channels = min(8192, max(128, next_power_of_2(span)))
     return Blocks(channels, warps=max(1, channels // 1024))
 
 

@@ -57,7 +57,9 @@ void Library::call(const std::string& op, void* pool, const void* args, size_t b
     if (reinterpret_cast<int (*)(void*, const void*)>(symbol(op))(pool, args)) fail("no memory for " + op);
 }
 
+namespace {
 int threads = 1;  // of every pool
+}
 
 // A pool of its own has scratch of exactly the size that its ops ask for; one that lasts has what others left in it.
 Case::Case(const Library& library_, void* pool_, Fault fault_, uint64_t seed)
@@ -77,7 +79,7 @@ int64_t Case::size(int64_t least, int64_t most) {
         const int64_t edge = EDGES[size_t(between(0, int64_t(std::size(EDGES)) - 1))];
         if (least <= edge && edge <= most) chosen = edge;
     }
-    sizes += " " + std::to_string(chosen);
+    sizes += ' ', sizes += std::to_string(chosen);
     return chosen;
 }
 

@@ -108,7 +108,8 @@ void rms_norm(Case& c) {
     const Matrix x = c.matrix(rows, columns);
     const auto weight = c.numbers(columns);
     std::vector<float> y(size_t(rows * columns));
-    c.run("rms_norm", headrace::NormArgs{x.values.data(), x.stride, rows, columns, groups, weight.data(), 1e-5, y.data()});
+    c.run("rms_norm", headrace::NormArgs{x.values.data(), x.stride, rows, columns, groups, weight.data(), 1e-5,
+                                         y.data()});
     c.result(y);
 }
 
@@ -119,7 +120,8 @@ struct Column {
     int64_t step;
     std::vector<int64_t> values;
 
-    Column(Case& c, int64_t count, int64_t below) : step(c.between(1, 3)), values(size_t(count ? (count - 1) * step + 1 : 0)) {
+    Column(Case& c, int64_t count, int64_t below)
+        : step(c.between(1, 3)), values(size_t(count ? (count - 1) * step + 1 : 0)) {
         for (int64_t& value : values) value = c.between(0, below - 1);
     }
 };
@@ -140,10 +142,10 @@ void step_inputs(Case& c) {
         if (at[0] < 0) at[field] = NO_COLUMN;  // means nothing
     }
     std::vector<int64_t> ids(size_t(decodes + prompts)), positions(static_cast<size_t>(decodes));
-    c.run("step_inputs", headrace::StepInputsArgs{last.values.data(), length.values.data(), chosen.values.data(), decodes,
-                                                  prompt.values.data(), prompts, table.data(), table_stride, write.data(),
-                                                  writes, last.step, length.step, chosen.step, prompt.step, page_step,
-                                                  write_stride, field, ids.data(), positions.data()});
+    c.run("step_inputs", headrace::StepInputsArgs{
+        last.values.data(), length.values.data(), chosen.values.data(), decodes, prompt.values.data(), prompts,
+        table.data(), table_stride, write.data(), writes, last.step, length.step, chosen.step, prompt.step, page_step,
+        write_stride, field, ids.data(), positions.data()});
     c.result(ids), c.result(positions), c.result(table);
 }
 

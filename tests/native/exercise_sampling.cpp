@@ -17,12 +17,12 @@ constexpr int64_t OFF = 0, PHASES = 4;
 float logit(Case& c, int64_t kind) {
     const float x = c.number(3.0f);
     switch (kind) {
-        case 0: return x * 13.0f;                                    // most masses are 0
-        case 1: return float(int64_t(c.between(-8, 8))) * 0.5f;      // ties everywhere, at the threshold too
-        case 2: return -7.0f;                                        // all equal
-        case 3: return float(c.between(-500000, 500000)) * 0x1p-32f; // distinct masses, all in one bucket
-        case 4: return c.once_in(200) ? 60.0f : c.unit();            // all but certain
-        case 5: return x > 0.9f ? x : -INF;                          // few that are possible
+        case 0: return x * 13.0f;                                     // most masses are 0
+        case 1: return float(c.between(-8, 8)) * 0.5f;                // ties everywhere, at the threshold too
+        case 2: return -7.0f;                                         // all equal
+        case 3: return float(c.between(-500000, 500000)) * 0x1p-32f;  // distinct masses, all in one bucket
+        case 4: return c.once_in(200) ? 60.0f : c.unit();             // all but certain
+        case 5: return x > 0.9f ? x : -INF;                           // few that are possible
         default: return x;
     }
 }
@@ -38,7 +38,8 @@ struct State {
     State(Case& c, int64_t slots, int64_t vocab) {
         const bool reasons = !c.once_in(4);  // a model without an end of reasoning has no closing either
         eos = c.size(0, 3), closing = reasons ? c.size(1, 4) : 0;
-        for (int64_t i = 0; i < 3 + eos + closing; ++i) control.push_back(i < 3 && !reasons ? -1 : c.between(0, vocab - 1));
+        for (int64_t i = 0; i < 3 + eos + closing; ++i)
+            control.push_back(i < 3 && !reasons ? -1 : c.between(0, vocab - 1));
         control.shrink_to_fit();
         const auto fill = [&](auto& values, auto&& value) {
             values.resize(size_t(slots));
@@ -69,7 +70,8 @@ struct State {
 
 void sample(Case& c) {
     // Few rows of many tokens are cut into pieces, one for a thread.
-    const int64_t rows = c.size(1, 9), vocab = c.once_in(3) ? c.size(9000, 25000) / (rows > 3 ? 4 : 1) : c.size(1, 1100);
+    const int64_t rows = c.size(1, 9), fewer = rows > 3 ? 4 : 1;
+    const int64_t vocab = c.once_in(3) ? c.size(9000, 25000) / fewer : c.size(1, 1100);
     const int64_t slots = rows + c.between(0, 3);
     Matrix logits = c.matrix(rows, vocab);
     for (int64_t row = 0; row < rows; ++row) {

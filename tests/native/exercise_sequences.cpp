@@ -92,11 +92,13 @@ struct Cache {
     std::vector<int32_t> table;
     std::vector<float> out;
 
-    Cache(Case& c, const std::vector<int64_t>& slots, int64_t slot_count, const std::vector<int64_t>& past, int64_t fresh)
+    Cache(Case& c, const std::vector<int64_t>& slots, int64_t slot_count, const std::vector<int64_t>& past,
+          int64_t fresh)
         : rows(int64_t(slots.size()) * fresh) {
         kv_heads = c.size(1, 3), heads = kv_heads * c.size(1, c.once_in(6) ? 40 : 6), width = c.size(1, 70);
         page_size = c.size(1, 40), format = c.size(FP32, E4M3);
-        q = heads_of(c, heads, strides[0]), k = heads_of(c, kv_heads, strides[1]), v = heads_of(c, kv_heads, strides[2]);
+        q = heads_of(c, heads, strides[0]);
+        k = heads_of(c, kv_heads, strides[1]), v = heads_of(c, kv_heads, strides[2]);
         out.resize(size_t(rows * heads * width));
         lay_pages(c, slots, slot_count, past, fresh);
     }
@@ -104,7 +106,8 @@ struct Cache {
     headrace::AttentionArgs args() {
         headrace::AttentionArgs a{};
         a.q = q.values.data(), a.k = k.values.data(), a.v = v.values.data();
-        std::copy_n(strides[0], 2, a.q_stride), std::copy_n(strides[1], 2, a.k_stride), std::copy_n(strides[2], 2, a.v_stride);
+        int64_t* const to[] = {a.q_stride, a.k_stride, a.v_stride};
+        for (int i = 0; i < 3; ++i) std::copy_n(strides[i], 2, to[i]);
         a.rows = rows, a.heads = heads, a.kv_heads = kv_heads, a.width = width;
         a.keys = keys.data(), a.values = values.data(), a.format = format, a.page_size = page_size;
         a.k_scale = format == E4M3 ? 0.37 : 1.0, a.v_scale = format == E4M3 ? 1.9 : 1.0, a.scale = 0.3;
@@ -156,13 +159,14 @@ void decode_attention(Case& c) {
     std::vector<int64_t> positions(static_cast<size_t>(sequences));
     for (int64_t& position : positions) position = c.size(0, c.once_in(6) ? 600 : 100);
     Cache cache(c, slots, slot_count, positions, each);
-    c.run("decode_attention", headrace::DecodeAttentionArgs{cache.args(), slots.data(), positions.data(), sequences, each});
+    c.run("decode_attention",
+          headrace::DecodeAttentionArgs{cache.args(), slots.data(), positions.data(), sequences, each});
     cache.results(c);
 }
 
 void prefill_attention(Case& c) {
-    const int64_t slot_count = c.size(1, 3), slot = c.between(0, slot_count - 1), start = c.once_in(2) ? 0 : c.size(0, 140);
-    const int64_t length = c.size(1, 140);
+    const int64_t slot_count = c.size(1, 3), slot = c.between(0, slot_count - 1);
+    const int64_t start = c.once_in(2) ? 0 : c.size(0, 140), length = c.size(1, 140);
     Cache cache(c, {slot}, slot_count, {start}, length);
     c.run("prefill_attention", headrace::PrefillAttentionArgs{cache.args(), slot, start});
     cache.results(c);

@@ -19,7 +19,7 @@ from headrace.kernels.native.library import EXACT_PATHS, available_paths, find
 
 ROOT = Path(__file__).parents[2]
 SEED, CASES = 1, 660
-EMULATED_CASES = 330
+EMULATED_CASES = 220
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 CROSS_LIBRARIES = Path("/usr/aarch64-linux-gnu")
 """Where Debian's cross compiler keeps the C and C++ libraries that the emulated program loads."""

@@ -78,6 +78,15 @@ def test_pieces_of_a_vocabulary_decide_as_the_reference(pools: list[Pool]) -> No
                         torch.testing.assert_close(out.top_logprobs, expected.top_logprobs[:count])
 
 
+@pytest.mark.parametrize("vocab", [6000, PIECES])
+def test_more_threads_than_rows(pools: list[Pool], vocab: int) -> None:
+    many = [pools[0], *(Pool(8, path) for path in {pool.path for pool in pools})]
+    for rows in (1, 3, 7):
+        logits = rows_of("normal", rows, vocab)
+        for _ in range(20):
+            same_everywhere(many, logits, state_of(rows, top_p=0.9, seed=torch.arange(rows)), top_logprobs=3)
+
+
 @pytest.mark.parametrize("at", [0, 511, 512, PIECES - 1])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_one_broken_logit_is_found_wherever_it_is(pools: list[Pool], at: int, poison: float) -> None:
