@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.attention import Pages
-from headrace.kernels.triton.common import next_power_of_2
 from headrace.kernels.triton.target import architecture
 
 MIN_FP8_ARCH = 89
@@ -86,7 +85,7 @@ def score_factor(scale: float, pages: Pages) -> float:
 @triton.constexpr_function
 def padded(width):
     """Columns of a tile for heads of ``width``: what arange and the dots' K can be."""
-    return max(16, next_power_of_2(width))
+    return max(16, triton.next_power_of_2(width))
 
 
 @triton.constexpr_function
