@@ -42,7 +42,8 @@ def serve(
         float, typer.Option(help="How long running answers may go on after SIGTERM.", min=0)
     ] = 60.0,
     log_level: Annotated[
-        Literal["error", "warning", "info", "debug"], typer.Option(help="What to log, on stderr.")
+        Literal["error", "warning", "info", "debug"],
+        typer.Option(help="What to log, on stderr; info has a line for every request."),
     ] = "warning",
     max_sequences: Annotated[
         int | None, typer.Option(help="Answers generated together.", show_default="64", rich_help_panel=ENGINE)
@@ -58,6 +59,7 @@ def serve(
     """Serve the model over HTTP, for any OpenAI client.
 
     SIGTERM or Ctrl-C: new requests get 503, running answers finish, then the server ends. A second one ends at once.
+    If the engine fails for good, the server says so for a few seconds and ends with status 1.
     """
     from headrace.engine.serve.app import create_app
     from headrace.engine.serve.profiles import PROFILES
@@ -77,6 +79,9 @@ def serve(
         loading.close()
     if loading.error is not None:
         raise loading.error
+    if server.service.fault is not None:  # whoever watches the process starts it anew
+        print(f"headrace: {server.service.fault}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 class Loading(threading.Thread):
@@ -120,8 +125,9 @@ class Loading(threading.Thread):
 
 def _listener(host: str, port: int, keys: list[str]) -> socket.socket:
     from headrace.engine.serve.access import check_host
-    from headrace.engine.serve.run import listen
+    from headrace.engine.serve.run import allow_connections, listen
 
+    allow_connections()
     try:
         check_host(host, keys)
         return listen(host, port)

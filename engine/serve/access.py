@@ -6,11 +6,14 @@ import hashlib
 import hmac
 import ipaddress
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from headrace.engine.serve.errors import ApiError
+
+PUBLIC_PATHS = frozenset({"/health/live", "/health/ready", "/openapi.json"})
+"""What needs no key: it tells nothing that the documentation does not, and a page has to ask for the key first."""
 
 
 class Access:
@@ -19,24 +22,42 @@ class Access:
     def __init__(self, keys: Iterable[str] = ()) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
-    def check(self, authorization: bytes | None, origin: bytes | None) -> None:
-        """Raise ApiError (401, or 403 for a foreign web page at a server without keys) unless the request may pass."""
+    @property
+    def has_keys(self) -> bool:
+        """Whether a key is wanted."""
+        return bool(self._digests)
+
+    def check(self, path: str, headers: Mapping[bytes, bytes]) -> int:
+        """The number of the key that a request has, from 1; 0 where none is wanted.
+
+        Raises ApiError: 401, or at a server without keys 403 for what a web page of another host has sent.
+        """
+        if path in PUBLIC_PATHS:
+            return 0
         if not self._digests:
-            _check_origin(origin)
-            return
-        scheme, _, key = (authorization or b"").strip().partition(b" ")
+            _check_browser(headers)
+            return 0
+        authorization = headers.get(b"authorization", b"")
+        scheme, _, key = authorization.strip().partition(b" ")
         presented = hashlib.sha256(key.strip()).digest()
+        # Every key is compared, in constant time: how long this takes tells nothing of how close a guess was.
         matches = [hmac.compare_digest(presented, digest) for digest in self._digests]
         if scheme.lower() != b"bearer" or not any(matches):
             reason = "wrong API key" if authorization else "missing API key: send 'Authorization: Bearer KEY'"
             raise ApiError(401, reason, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+        return matches.index(True) + 1
 
 
-def _check_origin(origin: bytes | None) -> None:
-    # A web page from elsewhere can make a browser on this machine post here; browsers say so in Origin.
+def _check_browser(headers: Mapping[bytes, bytes]) -> None:
+    # A web page from elsewhere can make a browser on this machine post here; browsers say so in Origin. And a page
+    # whose own name was pointed at this machine (DNS rebinding) reads answers too: its name then stands in Host.
+    origin, host = headers.get(b"origin"), headers.get(b"host")
     if origin is not None and not is_loopback_name(_host_of(origin)):
         message = "a server without API keys does not answer web pages of other hosts"
         raise ApiError(403, message, code="foreign_origin")
+    if host is not None and not is_loopback_name(_host_of(b"http://" + host)):
+        message = "a server without API keys answers only to the names of this machine's loopback, as localhost"
+        raise ApiError(403, message, code="foreign_host")
 
 
 def _host_of(origin: bytes) -> str | None:

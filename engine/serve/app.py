@@ -1,38 +1,39 @@
-"""The HTTP application: routes, request ids, keys, and one error body for everything that goes wrong."""
+"""The HTTP application: request ids, keys, safe headers, the log, and one error body for everything that goes wrong."""
 
 from __future__ import annotations
 
 import logging
-import time
 import uuid
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headrace.engine import Finished
 from headrace.engine.serve.access import Access
-from headrace.engine.serve.bodies import Answer, Chunks, Envelope, check_finished
-from headrace.engine.serve.errors import ApiError, failed, from_engine, internal, unavailable
-from headrace.engine.serve.profiles import EVENTS, NIM, Profile
-from headrace.engine.serve.protocol import ChatCall, check_model, parse_chat
+from headrace.engine.serve.endpoints import Endpoints
+from headrace.engine.serve.errors import ApiError, internal, trace
+from headrace.engine.serve.history import MAX_AGENT, MAX_PATH, Record, access_log
+from headrace.engine.serve.profiles import NIM, Profile
 from headrace.engine.serve.service import MAX_BODY_BYTES, Service
-from headrace.engine.serve.stream import HEADERS, abort_on_disconnect, events_of
 
 if TYPE_CHECKING:
-    from headrace.engine import Engine, Stream
+    from headrace.engine import Engine
 
-DISCARD_FACTOR = 4
-"""A body over the limit is read and dropped up to this many times the limit, so that the client sees the answer."""
+SAFE_HEADERS = {
+    "cache-control": "no-store",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+}
+"""On every response that does not set its own: nothing here is a page, and nothing is for another site's."""
 
 logger = logging.getLogger(__name__)
 
@@ -50,186 +51,89 @@ def create_app(
     With engine None the server answers 503 until ``service.attach(engine)``. The caller closes the engine.
     """
     service = Service(engine, profile, Access(keys), served_name, max_body_bytes)
-    routes = [
-        Route("/v1/chat/completions", ChatCompletions(service), methods=["POST"]),
-        Route("/v1/models", partial(_models, service)),
-        Route("/v1/models/{model_id:path}", partial(_model, service)),
-        Route("/health/live", partial(_live, service)),
-        Route("/health/ready", partial(_ready, service)),
-    ]
+    routes = Endpoints(service).routes()
     handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error}
-    app = Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(FrontDoor, service=service)])
+    paths = frozenset(route.path for route in routes)
+    front = Middleware(FrontDoor, service=service, paths=paths)
+    app = Starlette(routes=routes, exception_handlers=handlers, middleware=[front])
     app.router.redirect_slashes = False
     app.state.service = service
     return app
 
 
 class FrontDoor:
-    """Around every request: its id, the keys, and an answer even to a bug."""
+    """Around every request: its id, the keys, the record of it, and an answer even to a bug."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service, paths: frozenset[str]) -> None:
         self._app = app
         self._service = service
+        self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request (or pass lifespan events on)."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = f"req-{uuid.uuid4().hex}"
-        scope.setdefault("state", {})["request_id"] = request_id
-        started = False
+        record = _record(scope)
+        scope.setdefault("state", {})["record"] = record
 
-        async def send_with_id(message: Message) -> None:
-            nonlocal started
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                record.status = record.status or message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = record.id
+                for name, value in SAFE_HEADERS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         try:
-            self._check_access(scope)
-            await self._app(scope, receive, send_with_id)
+            await self._answer(record, scope, receive, send_with_headers)
+        finally:
+            self._close(record)
+
+    async def _answer(self, record: Record, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            record.key = self._service.access.check(scope["path"], dict(scope["headers"]))
+            await self._app(scope, receive, send)
         except ApiError as error:
-            await _respond(error)(scope, receive, send_with_id)
+            await _respond(error, record)(scope, receive, send)
         except ClientDisconnect:
-            return
-        except Exception:
-            logger.exception("request %s failed", request_id)
-            if not started:
-                await _respond(internal())(scope, receive, send_with_id)
+            record.client_left()
+        except Exception as error:
+            logger.error("request %s failed: %s", record.id, trace(error))
+            record.error = "internal_error"
+            if not record.status:
+                await _respond(internal(), record)(scope, receive, send)
 
-    def _check_access(self, scope: Scope) -> None:
-        if not scope["path"].startswith("/health/"):
-            headers = dict(scope["headers"])
-            self._service.access.check(headers.get(b"authorization"), headers.get(b"origin"))
-
-
-class ChatCompletions:
-    """``POST /v1/chat/completions``, streaming or not."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request. A client that goes away, streaming or not, frees what it held within a step."""
-        request = Request(scope, receive)
-        service = self._service
-        body = await read_body(request, service.max_body_bytes)
-        engine = service.admit()
-        with service.request():
-            # A long prompt must not hold up the other streams: parsing, rendering and encoding go to a worker thread.
-            call, stream, prompt_ids = await to_thread.run_sync(
-                _submit, engine, body, request.headers.get("accept"), service.profile, service.name_of(engine)
-            )
-            with service.hold(stream):
-                async with abort_on_disconnect(receive, stream):
-                    envelope = self._envelope(engine, prompt_ids, call, scope["state"]["request_id"])
-                    response = await _response(envelope, stream, call)
-                    await response(scope, receive, send)
-
-    def _envelope(self, engine: Engine, prompt_ids: Sequence[int] | None, call: ChatCall, request_id: str) -> Envelope:
-        return Envelope(
-            id=request_id.replace("req-", "chatcmpl-"),
-            created=int(time.time()),
-            model=self._service.name_of(engine),
-            fingerprint=self._service.fingerprint,
-            tokenizer=engine.tokenizer,
-            prompt_ids=prompt_ids,
-            logprobs=call.params.logprobs,
-            include_usage=call.include_usage,
-        )
+    def _close(self, record: Record) -> None:
+        record.close()
+        access_log.info("%s", record.line())
+        if record.generates:
+            self._service.history.add(record)
+        if self._service.loaded:
+            path = record.path if record.path in self._paths else "other"
+            self._service.metrics.answered(path, record.status)
 
 
-def _submit(
-    engine: Engine, body: bytes, accept: str | None, profile: Profile, served: str
-) -> tuple[ChatCall, Stream, list[int] | None]:
-    """Hand a request to the engine; the prompt's ids too if they were asked for. Raises ApiError."""
-    try:
-        call = parse_chat(body, accept, profile, served)
-        prompt_ids = engine.prompt_ids(call.messages, call.options).ids if call.return_token_ids else None
-        return call, engine.chat_stream(call.messages, call.params, call.options), prompt_ids
-    except Exception as error:
-        refusal = from_engine(error)
-        if refusal is None:
-            raise
-        raise refusal from None
-
-
-async def _response(envelope: Envelope, stream: Stream, call: ChatCall) -> Response:
-    """The answer's first byte waits for the first event, so that what fails before it is an HTTP error."""
-    events = aiter(stream)
-    if not call.stream:
-        answer = Answer(envelope, call.params.n)
-        async for event in events:
-            answer.add(event)
-        return JSONResponse(answer.body())
-    first = await anext(events)
-    if isinstance(first, Finished):
-        check_finished(first)
-    return StreamingResponse(events_of(Chunks(envelope), first, events), headers=HEADERS, media_type=EVENTS)
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body; ApiError 413 if it is larger than ``limit`` bytes."""
-    too_large = ApiError(
-        413, f"the body is larger than {limit} bytes", code="body_too_large", headers={"connection": "close"}
+def _record(scope: Scope) -> Record:
+    agent = dict(scope["headers"]).get(b"user-agent", b"").decode("latin-1")
+    client = scope.get("client")
+    return Record(
+        id=f"req-{uuid.uuid4().hex}",
+        method=scope["method"],
+        path=scope["path"][:MAX_PATH],
+        agent=agent[:MAX_AGENT],
+        client=client[0] if client else None,
     )
-    if int(request.headers.get("content-length", "0")) > limit * DISCARD_FACTOR:
-        raise too_large
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= limit:
-            chunks.append(chunk)
-        elif size > limit * DISCARD_FACTOR:
-            break
-    if size > limit:
-        raise too_large
-    return b"".join(chunks)
 
 
-def _card(service: Service) -> dict[str, Any]:
-    engine = service.admit()
-    return {
-        "id": service.name_of(engine),
-        "object": "model",
-        "created": service.created,
-        "owned_by": "headrace",
-        "max_model_len": engine.max_context,
-    }
-
-
-async def _models(service: Service, request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [_card(service)]})
-
-
-async def _model(service: Service, request: Request) -> Response:
-    card = _card(service)
-    check_model(request.path_params["model_id"], card["id"])
-    return JSONResponse(card)
-
-
-async def _live(service: Service, request: Request) -> Response:
-    """Live until only a restart would help."""
-    if service.fault is not None:
-        raise failed(service.fault)
-    return JSONResponse({"status": "live"})
-
-
-async def _ready(service: Service, request: Request) -> Response:
-    engine = service.admit()
-    if not engine.accepting:
-        raise unavailable("the engine has stopped", "stopped")
-    return JSONResponse({"status": "ready", "model": service.name_of(engine)})
-
-
-def _respond(error: ApiError) -> Response:
+def _respond(error: ApiError, record: Record) -> Response:
+    record.error = record.error or error.code or "invalid_request"
     return JSONResponse(error.body(), error.status, error.headers)
 
 
 async def _api_error(request: Request, error: ApiError) -> Response:
-    return _respond(error)
+    return _respond(error, request.scope["state"]["record"])
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
@@ -237,4 +141,5 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     path, method = request.scope["path"], request.scope["method"]
     message = f"unknown path {path}" if error.status_code == 404 else f"{method} is not allowed for {path}"
     code = "unknown_path" if error.status_code == 404 else "method_not_allowed"
-    return _respond(ApiError(error.status_code, message, code=code, headers=error.headers))
+    refusal = ApiError(error.status_code, message, code=code, headers=error.headers)
+    return _respond(refusal, request.scope["state"]["record"])

@@ -1,10 +1,13 @@
-"""What goes out: the JSON body of an answer and the chunks of a stream, made of the engine's events."""
+"""What goes out: the JSON body of an answer and the chunks of a stream, made of the engine's events.
+
+A form (chat_form.py, text_form.py) says how one path writes its choices; what both have in common is here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.engine import Delta, Finished, TokenLogprob, Usage
 from headrace.engine.serve.errors import generation_failed, unavailable
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON has no number for (the value OpenAI uses)."""
+
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +30,13 @@ class Envelope:
     model: str
     fingerprint: str
     tokenizer: Tokenizer
-    prompt_ids: Sequence[int] | None
+    prompts: Sequence[Sequence[int]]  # ids of each prompt; empty where token ids were not asked for
+    n: int  # choices for each prompt; choice i belongs to prompt i // n
     logprobs: bool
+    token_ids: bool
     include_usage: bool
 
-    def body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def body(self, kind: str, choices: list[Json]) -> Json:
         """The outer object."""
         return {
             "id": self.id,
@@ -40,66 +47,13 @@ class Envelope:
             "choices": choices,
         }
 
-    @property
-    def token_ids(self) -> bool:
-        """Whether the client wants to see token ids."""
-        return self.prompt_ids is not None
-
-
-class Chunks:
-    """The chunks of one stream, in order: role, reasoning, content, finish for each choice; then usage."""
-
-    def __init__(self, envelope: Envelope) -> None:
-        self._envelope = envelope
-        self._opened: dict[int, bool] = {}
-        self._usage = Usage()
-
-    def of(self, event: Delta | Finished) -> list[dict[str, Any]]:
-        """The chunks that an event stands for. Raises ApiError for an end that is not an answer."""
-        chunks = [] if event.index in self._opened else [self._open(event.index)]
-        if isinstance(event, Finished):
-            self._usage += event.usage
-            check_finished(event)
-            chunk = self._chunk(event.index, {}, finish_reason=event.reason)
-            if self._envelope.token_ids:
-                chunk["choices"][0]["token_ids"] = list(event.token_ids)
-            chunks.append(chunk)
-        elif event.text or event.logprobs or self._envelope.token_ids:
-            chunks.append(self._delta(event))
-        return chunks
-
-    def usage(self) -> dict[str, Any] | None:
-        """The chunk after the last choice's end, if it was asked for."""
-        if not self._envelope.include_usage:
-            return None
-        return self._envelope.body("chat.completion.chunk", []) | {"usage": usage_body(self._usage)}
-
-    def _open(self, index: int) -> dict[str, Any]:
-        chunk = self._chunk(index, {"role": "assistant", "content": ""})
-        if self._envelope.token_ids and not self._opened:
-            chunk["prompt_token_ids"] = list(self._envelope.prompt_ids or ())
-        self._opened[index] = True
-        return chunk
-
-    def _delta(self, event: Delta) -> dict[str, Any]:
-        key = "content" if event.channel == "content" else "reasoning_content"
-        chunk = self._chunk(event.index, {key: event.text} if event.text else {})
-        choice = chunk["choices"][0]
-        if self._envelope.logprobs and event.logprobs:
-            entries = logprob_entries(event.logprobs, self._envelope.tokenizer)
-            choice["logprobs"] = {"content": None, "reasoning_content": None, "refusal": None, key: entries}
-        if self._envelope.token_ids:
-            choice["token_ids"] = list(event.token_ids)
-        return chunk
-
-    def _chunk(self, index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        chunk = self._envelope.body("chat.completion.chunk", [choice])
-        return chunk | {"usage": None} if self._envelope.include_usage else chunk
+    def prompt_ids(self, index: int) -> list[int]:
+        """The ids of the prompt that a choice belongs to."""
+        return list(self.prompts[index // self.n])
 
 
 @dataclass(slots=True)
-class _Choice:
+class Collected:
     """One choice of a JSON answer while its events come in."""
 
     content: list[str] = field(default_factory=list)
@@ -110,6 +64,7 @@ class _Choice:
     finished: Finished | None = None
 
     def add(self, event: Delta | Finished) -> None:
+        """Take in an event. Raises ApiError for an end that is not an answer."""
         self.token_ids.extend(event.token_ids)
         if isinstance(event, Finished):
             check_finished(event)
@@ -119,47 +74,127 @@ class _Choice:
         (self.content if answer else self.reasoning).append(event.text)
         (self.content_logprobs if answer else self.reasoning_logprobs).extend(event.logprobs or ())
 
-    def body(self, index: int, envelope: Envelope) -> dict[str, Any]:
-        message = {
-            "role": "assistant",
-            "content": "".join(self.content) or None,
-            "reasoning_content": "".join(self.reasoning) or None,
-            "refusal": None,
-        }
-        choice: dict[str, Any] = {"index": index, "message": message, "logprobs": None}
-        if envelope.logprobs:
-            choice["logprobs"] = {
-                "content": logprob_entries(self.content_logprobs, envelope.tokenizer),
-                "reasoning_content": logprob_entries(self.reasoning_logprobs, envelope.tokenizer),
-                "refusal": None,
-            }
-        choice["finish_reason"] = self.finished.reason if self.finished else None
-        if envelope.token_ids:
-            choice["token_ids"] = self.token_ids
-        return choice
+
+class Form(Protocol):
+    """How one path writes choices. An instance serves one answer."""
+
+    chunk_kind: str
+    body_kind: str
+    prompt_ids_at_top: bool
+    """Whether a prompt's ids stand beside the choices or in each."""
+
+    def opening(self) -> Json | None:
+        """The choice's part of the chunk before a choice's first delta, if there is one."""
+
+    def delta(self, event: Delta) -> Json:
+        """The choice's part of a delta's chunk: text and log-probabilities."""
+
+    def end(self) -> Json:
+        """The choice's part of the last chunk."""
+
+    def choice(self, collected: Collected) -> Json:
+        """The choice's part of a JSON body: text and log-probabilities."""
+
+
+class Tally:
+    """Usage of an answer. A prompt counts once for all its choices."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._prompts: dict[int, Usage] = {}
+
+    def add(self, event: Finished) -> None:
+        """Count a choice that has ended."""
+        prompt = event.index // self._n
+        self._prompts[prompt] = self._prompts.get(prompt, Usage()) + event.usage
+
+    def total(self) -> Usage:
+        """The sum over prompts."""
+        parts = self._prompts.values()
+        return Usage(
+            sum(u.prompt_tokens for u in parts),
+            sum(u.completion_tokens for u in parts),
+            sum(u.reasoning_tokens for u in parts),
+            sum(u.cached_tokens for u in parts),
+        )
+
+
+class Chunks:
+    """The chunks of one stream, in order: opening, deltas and finish for each choice; then usage."""
+
+    def __init__(self, envelope: Envelope, form: Form) -> None:
+        self._envelope = envelope
+        self._form = form
+        self._opened: set[int] = set()
+        self._tally = Tally(envelope.n)
+
+    def of(self, event: Delta | Finished) -> list[Json]:
+        """The chunks that an event stands for. Raises ApiError for an end that is not an answer."""
+        index, token_ids = event.index, self._envelope.token_ids
+        choices: list[Json] = []
+        if index not in self._opened and (opening := self._form.opening()) is not None:
+            choices.append(opening)
+        if isinstance(event, Finished):
+            self._tally.add(event)
+            check_finished(event)
+            choices.append(self._form.end() | {"finish_reason": event.reason})
+        elif event.text or event.logprobs or token_ids:
+            choices.append(self._form.delta(event))
+        if token_ids and choices:
+            choices[-1]["token_ids"] = list(event.token_ids)
+        return [self._chunk(index, choice) for choice in choices]
+
+    def usage(self) -> Json | None:
+        """The chunk after the last choice's end, if it was asked for."""
+        if not self._envelope.include_usage:
+            return None
+        return self._envelope.body(self._form.chunk_kind, []) | {"usage": usage_body(self._tally.total())}
+
+    def _chunk(self, index: int, part: Json) -> Json:
+        choice = {"index": index, **part}
+        choice.setdefault("logprobs", None)
+        choice.setdefault("finish_reason", None)
+        chunk = self._envelope.body(self._form.chunk_kind, [choice])
+        if self._envelope.include_usage:
+            chunk["usage"] = None
+        if self._envelope.token_ids and index not in self._opened:
+            if not self._form.prompt_ids_at_top:
+                choice["prompt_token_ids"] = self._envelope.prompt_ids(index)
+            elif not self._opened:
+                chunk["prompt_token_ids"] = self._envelope.prompt_ids(index)
+        self._opened.add(index)
+        return chunk
 
 
 class Answer:
     """The JSON body of a request, collected from the same events that a stream is made of."""
 
-    def __init__(self, envelope: Envelope, num_choices: int) -> None:
+    def __init__(self, envelope: Envelope, form: Form, num_choices: int) -> None:
         self._envelope = envelope
-        self._choices = [_Choice() for _ in range(num_choices)]
+        self._form = form
+        self._choices = [Collected() for _ in range(num_choices)]
 
     def add(self, event: Delta | Finished) -> None:
         """Take in an event. Raises ApiError for an end that is not an answer."""
         self._choices[event.index].add(event)
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> Json:
         """The whole body; every choice must have finished."""
-        usage = Usage()
-        for choice in self._choices:
-            assert choice.finished is not None
-            usage += choice.finished.usage
-        choices = [choice.body(index, self._envelope) for index, choice in enumerate(self._choices)]
-        body = self._envelope.body("chat.completion", choices) | {"usage": usage_body(usage)}
-        if self._envelope.token_ids:
-            body["prompt_token_ids"] = list(self._envelope.prompt_ids or ())
+        envelope, form = self._envelope, self._form
+        tally = Tally(envelope.n)
+        choices = []
+        for index, collected in enumerate(self._choices):
+            assert collected.finished is not None
+            tally.add(collected.finished)
+            choice = {"index": index, **form.choice(collected), "finish_reason": collected.finished.reason}
+            if envelope.token_ids:
+                choice["token_ids"] = collected.token_ids
+                if not form.prompt_ids_at_top:
+                    choice["prompt_token_ids"] = envelope.prompt_ids(index)
+            choices.append(choice)
+        body = envelope.body(form.body_kind, choices) | {"usage": usage_body(tally.total())}
+        if envelope.token_ids and form.prompt_ids_at_top:
+            body["prompt_token_ids"] = envelope.prompt_ids(0)
         return body
 
 
@@ -171,7 +206,7 @@ def check_finished(event: Finished) -> None:
         raise unavailable("the request was aborted: the server is shutting down", "aborted")
 
 
-def usage_body(usage: Usage) -> dict[str, Any]:
+def usage_body(usage: Usage) -> Json:
     """Token counts in OpenAI's words."""
     return {
         "prompt_tokens": usage.prompt_tokens,
@@ -182,15 +217,6 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     }
 
 
-def logprob_entries(logprobs: Iterable[TokenLogprob], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Entries of ``logprobs.content``. A token that is part of a character shows U+FFFD; its bytes are exact."""
-    entries = []
-    for item in logprobs:
-        top = [_entry(tokenizer.token_bytes(token_id), logprob) for token_id, logprob in item.top]
-        entries.append(_entry(item.bytes, item.logprob) | {"top_logprobs": top})
-    return entries
-
-
-def _entry(token: bytes, logprob: float) -> dict[str, Any]:
-    text = token.decode("utf-8", errors="replace")
-    return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(token)}
+def finite(logprob: float) -> float:
+    """A log-probability as JSON can say it."""
+    return max(logprob, LEAST_LOGPROB)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from headrace.engine import EngineClosed, EngineFailed, QueueFull, RequestError
@@ -11,6 +13,7 @@ from headrace.engine import EngineClosed, EngineFailed, QueueFull, RequestError
 VALIDATION_STATUS = 422
 RETRY_SECONDS = 2
 
+# Statuses without a word of their own are "invalid_request_error" below 500 and "server_error" above.
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -55,6 +58,11 @@ def generation_failed(detail: str | None) -> ApiError:
     return ApiError(500, message, code="generation_failed", headers={"x-should-retry": "false"})
 
 
+def queue_full(message: str, retry_after: float) -> ApiError:
+    """Too much is waiting already."""
+    return ApiError(429, message, code="queue_full", headers={"retry-after": _seconds(retry_after)})
+
+
 def failed(detail: str) -> ApiError:
     """The engine's own thread has failed: nothing will be answered until the server is started again."""
     return ApiError(500, detail, code="engine_failed", headers={"x-should-retry": "false"})
@@ -65,20 +73,30 @@ def internal() -> ApiError:
     return ApiError(500, "internal error", code="internal_error", headers={"x-should-retry": "false"})
 
 
-def from_engine(error: Exception) -> ApiError | None:
-    """Translate what the engine raises when it refuses a request; None if it is not a refusal."""
+def from_engine(error: Exception, retry_after: float) -> ApiError | None:
+    """Translate what the engine raises when it refuses a request; None if it is not a refusal.
+
+    ``retry_after`` is the server's own estimate, in seconds, of when a full queue will have emptied.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
         status = 400 if error.code == "context_length_exceeded" else VALIDATION_STATUS
         return ApiError(status, str(error), param=error.param, code=error.code)
     if isinstance(error, QueueFull):
-        return ApiError(429, str(error), code="queue_full", headers={"retry-after": _seconds(error.retry_after)})
+        return queue_full(str(error), max(retry_after, error.retry_after))
     if isinstance(error, EngineFailed):
         return failed(str(error))
     if isinstance(error, EngineClosed):
         return unavailable("the engine is closing", "draining")
     return None
+
+
+def trace(error: BaseException) -> str:
+    """Where an error came from, innermost call first, without its message: that may hold what a user wrote."""
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
+    return f"{type(error).__name__} at {where}"
 
 
 def _seconds(value: float) -> str:

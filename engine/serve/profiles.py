@@ -27,12 +27,13 @@ class Profile:
     roles: Mapping[str, str]
     alternating: bool
 
-    def wants_stream(self, explicit: bool | None, accept: str | None) -> bool:
-        """Whether to answer with events. An explicit ``stream`` always wins; then Accept; then the profile."""
+    def wants_stream(self, explicit: bool | None, accept: str | None, default: bool | None = None) -> bool:
+        """Whether to answer with events: an explicit ``stream`` always wins; then Accept; then the path's default."""
         if explicit is not None:
             return explicit
         json, events = _quality(accept, JSON), _quality(accept, EVENTS)
-        return self.stream_default if json == events else events > json
+        default = self.stream_default if default is None else default
+        return default if json == events else events > json
 
 
 _EFFORTS: dict[str, Effort] = {"none": "none", "low": "low", "high": "high"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import threading
 import time
@@ -12,26 +13,40 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 
+from headrace.engine.serve.connection import MAX_CONNECTIONS, Connection
 from headrace.engine.serve.service import Service
 
 ABORT_GRACE_SECONDS = 5
 """How long a client has to take in the end of an aborted answer."""
 
+KEEP_ALIVE_SECONDS = 75
+"""How long an idle connection stays open: longer than clients and proxies keep theirs, so that they close first."""
+
+FAULT_SECONDS = 5
+"""How long a server whose engine has failed still says so, before it ends."""
+
 BACKLOG = 2048
+RESERVED_FILES = 256
+"""Open files besides connections: weights, libraries, logs."""
 
 
 class DrainingServer(uvicorn.Server):
     """uvicorn that drains on SIGTERM and SIGINT: refuse new requests with 503, finish the others, exit with 0.
 
-    After ``drain_seconds`` what is left is aborted. A second signal ends at once.
+    After ``drain_seconds`` what is left is aborted. A second signal ends at once. An engine that has failed for good
+    ends the server too, after FAULT_SECONDS in which every answer and ``/health/live`` say so.
     """
 
     def __init__(self, app: Starlette, *, drain_seconds: float = 60, log_level: str = "warning") -> None:
         config = uvicorn.Config(
             app,
+            http=Connection,
+            ws="none",
             log_level=log_level,
             log_config=log_config(log_level),
+            access_log=False,  # ours says more, and nothing that a client may want kept
             server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=ABORT_GRACE_SECONDS,
         )
         super().__init__(config)
@@ -59,15 +74,31 @@ class DrainingServer(uvicorn.Server):
             if now >= self._deadline:
                 self.service.abort_all()
             self.should_exit |= not self.service.in_flight or now >= self._deadline
+        elif self.service.fault is not None:
+            now = time.monotonic()
+            self._deadline = min(self._deadline, now + FAULT_SECONDS)
+            self.should_exit |= now >= self._deadline
         return await super().on_tick(counter)
 
 
 def log_config(level: str) -> dict[str, Any]:
-    """uvicorn's logging and ours, all of it on stderr."""
+    """uvicorn's logging and ours, all of it on stderr; the access log is one JSON object a line, from level info on."""
     config = deepcopy(uvicorn.config.LOGGING_CONFIG)
-    config["handlers"]["access"]["stream"] = config["handlers"]["default"]["stream"]
+    del config["handlers"]["access"], config["loggers"]["uvicorn.access"]
+    config["formatters"]["access"] = {"format": "%(message)s"}
+    config["handlers"]["access"] = {**config["handlers"]["default"], "formatter": "access"}
     config["loggers"]["headrace"] = {"handlers": ["default"], "level": level.upper(), "propagate": False}
+    config["loggers"]["headrace.access"] = {"handlers": ["access"], "level": level.upper(), "propagate": False}
     return config
+
+
+def allow_connections() -> None:
+    """Raise this process's limit of open files, as far as it may, to what MAX_CONNECTIONS needs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + RESERVED_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        highest = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
 
 
 def listen(host: str, port: int) -> socket.socket:

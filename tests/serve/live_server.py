@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +30,10 @@ class LiveServer(DrainingServer):
         self.url = url_of(listener)
         self.stopped = threading.Event()
         self.client = httpx.Client(base_url=self.url, timeout=SECONDS)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
@@ -67,6 +73,18 @@ def live(engine: Any, *, drain_seconds: float = SECONDS, **options: Any) -> Iter
         assert not thread.is_alive()
 
 
+def all_free(engine: Any) -> None:
+    """Wait until nothing runs; then every page and slot must be back."""
+    deadline = time.monotonic() + SECONDS
+    while (stats := engine.stats())["running"] or stats["waiting"] or engine._loop._live:
+        assert time.monotonic() < deadline, f"still busy: {stats}"
+        time.sleep(0.005)
+    engine._scheduler.check()
+    assert stats["free_slots"] == stats["total_slots"]
+    assert stats["free_pages"] == stats["total_pages"]
+    assert not engine._loop._masks
+
+
 def joined(chunks: list[dict[str, Any]], index: int, key: str) -> str | None:
     """The concatenated deltas of one choice."""
     parts = [
@@ -75,10 +93,11 @@ def joined(chunks: list[dict[str, Any]], index: int, key: str) -> str | None:
     return "".join(parts) or None
 
 
-def connect(server: LiveServer, **fields: Any) -> socket.socket:
+def connect(server: LiveServer, key: str = "", **fields: Any) -> socket.socket:
     """A request on a raw socket, sent in full."""
     body = json.dumps({"messages": QUESTION} | fields).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
+    head += f"authorization: Bearer {key}\r\n\r\n" if key else "\r\n"
     client = socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS)
     client.sendall(head.encode() + body)
     return client

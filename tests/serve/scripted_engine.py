@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from headrace.engine import ChatOptions, Delta, Finished, SamplingParams, TokenLogprob, Usage
+from headrace.engine import ChatOptions, Delta, EngineConfig, Finished, SamplingParams, TokenLogprob, Usage
 
 
 class Hold:
@@ -31,6 +31,12 @@ class CodePoints:
 
     def token_bytes(self, token_id: int) -> bytes:
         return chr(token_id).encode()
+
+    def encode_with_markers(self, text: str) -> list[int]:
+        return [ord(c) for c in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
 
 
 def delta(
@@ -74,6 +80,9 @@ class ScriptedStream:
         self._on_end = on_end
         self._open = list(dict.fromkeys(event.index for event in script if isinstance(event, Finished))) or [0]
         self.aborted = threading.Event()
+
+    def close(self) -> None:
+        self.abort()
 
     def abort(self) -> None:
         if self._open and not self.aborted.is_set():
@@ -132,6 +141,8 @@ class ScriptedEngine:
         self._changed = threading.Condition()
         self.tokenizer = CodePoints()
         self.running = 0
+        self.steps = 0
+        self.config = EngineConfig(max_sequences=64, max_waiting=64)
         self.play(*scripts)
 
     def play(self, *scripts: Script | Exception) -> None:
@@ -177,7 +188,10 @@ class ScriptedEngine:
             assert self._changed.wait_for(ready, seconds), "the server did not get there in time"
 
     def stats(self) -> dict[str, int]:
-        return {"running": self.running, "waiting": 0}
+        """Those of an engine that decodes all the time, so that nobody asks it whether it lives."""
+        self.steps += 1
+        sizes = {"free_pages": 100 - self.running, "total_pages": 100, "free_slots": 64, "total_slots": 64}
+        return {"running": self.running, "waiting": 0, "steps": self.steps, "preemptions": 0, **sizes}
 
     def close(self) -> None:
         for stream in self.streams:

@@ -51,7 +51,6 @@ TABLE = {
     "unknown model": (404, "model", lambda server: server.chat(model="gpt-4")),
     "unknown path": (404, None, lambda server: server.client.post("/v1/chat/completion")),
     "trailing slash": (404, None, lambda server: server.client.post(PATH + "/")),
-    "later": (404, None, lambda server: server.client.post("/v1/completions", json={"prompt": "x"})),
     "wrong method": (405, None, lambda server: server.client.get(PATH)),
     "delete": (405, None, lambda server: server.client.delete("/v1/models")),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import openai
@@ -9,7 +10,7 @@ import pytest
 from live_server import QUESTION, SECONDS, LiveServer, live
 from scripted_engine import HOLD, ScriptedEngine, answer, delta, finished
 
-from headrace.engine import QueueFull, Usage
+from headrace.engine import EngineClosed, QueueFull, Usage
 from headrace.engine.serve.profiles import OPENAI
 
 NAME = "scripted/model"
@@ -133,3 +134,60 @@ def test_the_openai_profile_answers_curl_with_json() -> None:
                 reasoning_effort="medium", stream=True,
             )  # fmt: skip
             assert len(list(chosen)) == 6
+
+
+def test_the_async_client(server: LiveServer, engine: ScriptedEngine) -> None:
+    async def talk() -> tuple[str | None, str, list[str | None]]:
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", timeout=SECONDS) as client:
+            create = client.chat.completions.create
+            body = await create(model=NAME, messages=QUESTION)
+            stream = await create(model=NAME, messages=QUESTION, stream=True)
+            text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+            many = await asyncio.gather(*[create(model=NAME, messages=QUESTION) for _ in range(8)])
+            return body.choices[0].message.content, text, [one.choices[0].message.content for one in many]
+
+    assert asyncio.run(talk()) == ("It is 4.", "It is 4.", ["It is 4."] * 8)
+
+
+def test_cancelling_an_async_request_aborts(server: LiveServer, engine: ScriptedEngine) -> None:
+    engine.play([HOLD, finished()])
+
+    async def cancel() -> None:
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", timeout=SECONDS) as client:
+            asking = asyncio.create_task(client.chat.completions.create(model=NAME, messages=QUESTION))
+            await asyncio.to_thread(engine.wait_for, lambda: engine.running == 1)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+
+    asyncio.run(cancel())
+    engine.wait_for(lambda: engine.running == 0)
+
+
+def test_several_choices_and_logprobs(client: openai.OpenAI, engine: ScriptedEngine) -> None:
+    engine.play(
+        [event for i in (0, 1) for event in (delta("content", "ab", index=i, logprobs=True), finished(index=i))]
+    )
+    body = client.chat.completions.create(model=NAME, messages=QUESTION, n=2, logprobs=True, top_logprobs=2)
+    assert [choice.index for choice in body.choices] == [0, 1]
+    assert [entry.token for entry in body.choices[1].logprobs.content] == ["a", "b"]
+    assert len(body.choices[0].logprobs.content[0].top_logprobs) == 2
+
+
+def test_a_draining_server_is_tried_again(client: openai.OpenAI, server: LiveServer, engine: ScriptedEngine) -> None:
+    """503 and Retry-After: the client waits and asks again on its own, three times in all."""
+    engine.play(EngineClosed("closing"), EngineClosed("closing"), answer())
+    raw = client.chat.completions.with_raw_response.create(model=NAME, messages=QUESTION)
+    assert raw.parse().choices[0].message.content == "It is 4."
+    assert raw.headers["x-request-id"].startswith("req-")
+    assert raw.retries_taken == 2
+
+
+@pytest.mark.parametrize("field", ["tools", "response_format"])
+def test_tools_and_schemas_are_refused_by_name(client: openai.OpenAI, field: str) -> None:
+    function = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object"}}}
+    fields = {"tools": [function]} if field == "tools" else {"response_format": schema}
+    with pytest.raises(openai.UnprocessableEntityError) as caught:
+        client.chat.completions.create(model=NAME, messages=QUESTION, **fields)
+    assert (caught.value.param, caught.value.code) == (field, "unsupported_parameter")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from headrace.engine import ChatOptions, SamplingParams
 from headrace.engine.serve.errors import ApiError
 from headrace.engine.serve.profiles import NIM, OPENAI, Profile
-from headrace.engine.serve.protocol import UNIMPLEMENTED, ChatCall, parse_chat
+from headrace.engine.serve.protocol import MAX_MESSAGES, MAX_PARTS, UNIMPLEMENTED, ChatCall, parse_chat
 
 NAME = "served/name"
 USER = {"role": "user", "content": "hi"}
@@ -134,6 +134,18 @@ def test_a_bad_field_is_refused_by_name(fields: dict[str, Any], param: str) -> N
     error = refused(**fields)
     assert (error.status, error.param) == (422, param)
     assert error.message.startswith(param)
+    assert len(error.message) < 300
+
+
+@pytest.mark.parametrize(("fields", "param", "limit"), [
+    ({"messages": [USER] * (MAX_MESSAGES + 1)}, "messages", MAX_MESSAGES),
+    ({"messages": [USER | {"content": [{"type": "text", "text": "x"}] * (MAX_PARTS + 1)}]}, "messages[0].content",
+     MAX_PARTS),
+])  # fmt: skip
+def test_conversations_are_bounded(fields: dict[str, Any], param: str, limit: int) -> None:
+    error = refused(**fields)
+    assert (error.status, error.param) == (422, param)
+    assert f"at most {limit}" in error.message
     assert len(error.message) < 300
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
-from live_server import SECONDS, LiveServer, connect, joined, live, receive
+from live_server import SECONDS, LiveServer, all_free, connect, joined, live, receive
 
 from headrace.engine import Engine, EngineConfig
 
@@ -15,21 +14,14 @@ ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "What is 12 + 34
 ENDLESS = ASK | {"max_tokens": 2000, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with Engine(config=EngineConfig(max_sequences=4, max_waiting=4, max_context=2048)) as engine:
-        yield engine
+@pytest.fixture
+def engine(real_engine: Engine) -> Engine:
+    return real_engine
 
 
-@pytest.fixture(scope="module")
-def server(engine: Engine) -> Iterator[LiveServer]:
-    with live(engine) as server:
-        yield server
-
-
-def all_free(engine: Engine) -> bool:
-    stats = engine.stats()
-    return stats["free_slots"] == stats["total_slots"] and stats["free_pages"] == stats["total_pages"]
+@pytest.fixture
+def server(real: LiveServer) -> LiveServer:
+    return real
 
 
 def test_stream_and_body_agree(server: LiveServer, engine: Engine) -> None:
@@ -53,7 +45,7 @@ def test_stream_and_body_agree(server: LiveServer, engine: Engine) -> None:
             assert entries == choice["logprobs"][key]
             assert all(len(e["top_logprobs"]) == 2 and e["logprob"] <= 0 for e in entries)
     assert server.chat(**ASK).json()["choices"][0]["message"] == body["choices"][0]["message"]
-    assert all_free(engine)
+    all_free(engine)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -113,7 +105,7 @@ def test_leaving_frees_everything(server: LiveServer, engine: Engine, stream: bo
         leaver.close()
     # Its answer comes at all only because the slots are free again long before 2000 tokens.
     assert server.chat(**ASK).status_code == 200
-    assert all_free(engine)
+    all_free(engine)
 
 
 def test_a_full_queue_is_429(server: LiveServer, engine: Engine) -> None:
@@ -130,7 +122,7 @@ def test_a_full_queue_is_429(server: LiveServer, engine: Engine) -> None:
     with openai.OpenAI(base_url=server.url + "/v1", api_key="none", timeout=SECONDS) as client:
         answer = client.chat.completions.create(model=engine.model_name, **ASK)  # it tries again on its own
     assert answer.choices[0].finish_reason in ("stop", "length")
-    assert all_free(engine)
+    all_free(engine)
 
 
 def test_a_failed_engine_says_so_and_is_not_live(monkeypatch: pytest.MonkeyPatch) -> None:

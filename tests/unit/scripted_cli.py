@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 from scripted_engine import HOLD, ScriptedEngine, delta, finished
 
 from headrace.engine.cli import common, main, serve
+from headrace.engine.serve import run
 
 
 def script(prompt):
@@ -23,8 +24,12 @@ def load_engine(model, config=None):
     if model == "slow":
         os.write(2, b"loading\n")
         threading.Event().wait()
-    return ScriptedEngine(script)
+    engine = ScriptedEngine(script)
+    if model == "failing":
+        engine.fault = "the device is lost"
+    return engine
 
 
+run.FAULT_SECONDS = 0.5
 common.load_engine = serve.load_engine = load_engine
 sys.exit(main(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -77,3 +78,33 @@ def test_sigterm_while_the_model_loads() -> None:
         assert line == "loading\n"
         server.send_signal(signal.SIGTERM)
         assert server.wait(SECONDS) in (0, -signal.SIGTERM)  # the latter if the server was not up yet
+
+
+def test_an_engine_that_failed_for_good_ends_the_server_with_1() -> None:
+    with started("--model", "failing") as (server, line):
+        url = line.split()[4]
+        assert httpx.get(url.replace("/v1", "/health/live"), timeout=SECONDS).status_code == 500
+        assert server.wait(SECONDS) == 1
+        assert server.stderr is not None
+        assert server.stderr.read() == "headrace: the device is lost\n"
+
+
+def test_the_access_log_is_a_json_object_a_line() -> None:
+    with started("--log-level", "info") as (server, line):
+        while "serving" not in line:
+            assert server.stderr is not None
+            line = server.stderr.readline()
+        url = line.split()[4]
+        assert httpx.post(f"{url}/chat/completions", json=QUESTION, timeout=SECONDS).status_code == 200
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(SECONDS) == 0
+        assert server.stderr is not None
+        entries = [json.loads(line) for line in server.stderr.read().splitlines() if line.startswith("{")]
+    assert [(entry["path"], entry["status"]) for entry in entries] == [("/v1/chat/completions", 200)]
+    assert "hello" not in json.dumps(entries)
+
+
+def test_a_server_without_keys_does_not_listen_outside() -> None:
+    with started("--host", "0.0.0.0") as (server, line):
+        assert "without API keys only a loopback address is allowed" in line
+        assert server.wait(SECONDS) == 2
