@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,9 @@ from headrace.engine.model.weights.names import Place, memory_shapes, places
 PREFIXES = ("backbone.", "model.")
 UNPREFIXED = ("lm_head.", "mtp.")
 
+MAPPED = 1 << 20
+"""Bytes from which on a tensor is mapped, not read; a smaller one would keep a page of a file that may go."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Source:
@@ -34,14 +39,10 @@ class _Source:
 
 
 class Experts:
-    """The experts of one layer, each read when it is asked for: like a stacked tensor, in the widest dtype of them.
-
-    One buffer holds them all, one after the other: what was given is overwritten by what is asked for next.
-    """
+    """The experts of one layer, each read when it is asked for: like a stacked tensor, in the widest dtype of them."""
 
     def __init__(self, reader: _Reader, sources: list[_Source]) -> None:
         self._reader, self._sources = reader, sources
-        self._buffer = torch.empty(max(source.entry.num_bytes for source in sources), dtype=torch.uint8)
         self.dtype = torch.float32
         dtypes = {DTYPES[source.entry.dtype] for source in sources}
         if len(dtypes) == 1:
@@ -51,7 +52,7 @@ class Experts:
         return len(self._sources)
 
     def __getitem__(self, expert: int) -> Tensor:
-        return self._reader.read(self._sources[expert], self._buffer).to(self.dtype)
+        return self._reader.read(self._sources[expert]).to(self.dtype)
 
 
 class FileWeights(Mapping[str, Any]):
@@ -102,21 +103,27 @@ class _Reader:
         self._stack, self._device, self._bar = stack, device, bar
         self._files: dict[Path, FileIO] = {}
 
-    def read(self, source: _Source, buffer: Tensor | None = None) -> Tensor:
-        """The tensor on the device; on a CPU in ``buffer`` (uint8, large enough), if there is one."""
+    def read(self, source: _Source) -> Tensor:
+        """The tensor on the device. A large one on a CPU is a view of the file: its pages are read when they are
+        touched, and are the system's to drop and read again."""
         file, entry = source.file, source.entry
-        data = torch.empty(entry.num_bytes, dtype=torch.uint8) if buffer is None else buffer[: entry.num_bytes]
-        target: Any = memoryview(data.numpy())  # type: ignore[arg-type]
+        start, end = entry.data + entry.start, entry.data + entry.end
         try:
             if file not in self._files:
                 self._files[file] = self._stack.enter_context(file.open("rb", buffering=0))
-            stream, done = self._files[file], 0
-            stream.seek(entry.data + entry.start)
-            while done < entry.num_bytes:  # one call reads at most 2 GiB
-                count = stream.readinto(target[done:])
-                if not count:
-                    raise CheckpointError(f"{file}: ends inside tensor {entry.name!r}")
-                done += count
+            stream = self._files[file]
+            if os.fstat(stream.fileno()).st_size < end:  # touching what is not there would end the process
+                raise CheckpointError(f"{file}: ends inside tensor {entry.name!r}")
+            if entry.num_bytes >= MAPPED:
+                first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+                # A private copy on write: torch has no read-only tensors.
+                view = mmap.mmap(stream.fileno(), end - first, access=mmap.ACCESS_COPY, offset=first)
+                if hasattr(mmap, "MADV_WILLNEED"):
+                    view.madvise(mmap.MADV_WILLNEED)
+                data = torch.frombuffer(view, dtype=torch.uint8, offset=start - first)
+            else:
+                stream.seek(start)
+                data = torch.frombuffer(bytearray(stream.read(entry.num_bytes)), dtype=torch.uint8)
         except OSError as error:
             raise CheckpointError(f"{file}: tensor {entry.name!r}: {error.strerror or error}") from error
         self._bar.advance(self._bar.task_ids[0], entry.num_bytes)
