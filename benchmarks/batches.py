@@ -21,7 +21,7 @@ from headrace.engine.stream import ChoiceReader
 from headrace.engine.waiting import ThreadWaiter
 from headrace.kernels import select
 from headrace.kernels.control import ControlIds, Phase
-from headrace.tokenizer import TextStream
+from headrace.tokenizer import StopMatcher, TextStream
 from headrace.tokenizer import load as load_tokenizer
 
 PAGE_SIZE = 16
@@ -67,7 +67,8 @@ class DecodingBatch:
             params = SlotParams(CONTEXT, 1.0, 1.0, i, 0, False, -1, True)
             inbox = Inbox(ThreadWaiter())
             sequence = Sequence(np.arange(1 + i % PAGE_SIZE, dtype=np.int64) % 60, params, sink=inbox)
-            text = TextStream(tokenizer, stop=("never",) if stops else ())
+            stop = StopMatcher(["never"]) if stops else None
+            text = TextStream(tokenizer, stop=stop)
             control = self.runner.control
             self.readers.append(
                 ChoiceReader(
@@ -78,7 +79,7 @@ class DecodingBatch:
                     control,
                     1,
                     partial(self.loop.abort, sequence),
-                    stop=("never",) if stops else (),
+                    stop=stop,
                 )
             )
             self.scheduler.submit(sequence)

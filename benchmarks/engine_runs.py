@@ -10,7 +10,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from headrace.engine.engine import EMBEDDED_MODEL
 from headrace.engine.model.nemotron_h import NemotronH
 from headrace.engine.model.weights.names import memory_shapes
 from headrace.engine.schedule.plan import StepPlan, StepResult
-from headrace.kernels import Kernels, Op, select
+from headrace.kernels import MODULES, Kernels, Op, select
 from headrace.tokenizer import load as load_tokenizer
 
 LAYERS = "MEM*E"  # all kinds, in an order that the published pattern has too
@@ -44,7 +44,7 @@ class OpTimes:
 
     def around(self, kernels: Kernels) -> Kernels:
         """The same ops, timed; packing, done at load, is not."""
-        names = [f.name for f in fields(kernels) if not f.name.startswith("pack_")]
+        names = [name for name in MODULES if not name.startswith("pack_")]
         return replace(kernels, **{name: partial(self._timed, name, getattr(kernels, name)) for name in names})
 
     def _timed(self, name: str, op: Op, *args: Any, **options: Any) -> Any:

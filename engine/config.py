@@ -16,9 +16,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-
-class ConfigError(ValueError):
-    """A configuration that this engine cannot run; the message names the key and its value."""
+from headrace.engine.errors import ConfigError as ConfigError
+from headrace.engine.quantization import HF_QUANT_CONFIG, Quantization, read_quantization
 
 
 class LayerKind(StrEnum):
@@ -115,23 +114,22 @@ class ModelConfig:
     attention: AttentionConfig | None
     moe: MoEConfig | None
     mlp: MlpConfig | None
+    quantization: Quantization | None = None  # None: all weights are floats
 
     @classmethod
     def load(cls, path: str | Path) -> ModelConfig:
-        """Read a ``.json`` file, or the ``config.json`` of a checkpoint folder. Raises ConfigError."""
+        """Read a ``.json`` file, or the ``config.json`` of a checkpoint folder; and hf_quant_config.json beside it.
+
+        Raises ConfigError.
+        """
         path = Path(path)
         file = path if path.suffix == ".json" else path / "config.json"
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{file}: {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{file} is not JSON: {error}") from error
-        return cls.from_json(values)
+        beside = file.with_name(HF_QUANT_CONFIG)
+        return cls.from_json(_read_json(file), _read_json(beside) if beside.exists() else None)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Check a parsed ``config.json``. Raises ConfigError naming the key and the value."""
+    def from_json(cls, values: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None = None) -> ModelConfig:
+        """Check a parsed ``config.json`` and what lies beside it. Raises ConfigError naming the key and the value."""
         if not isinstance(values, Mapping):
             raise ConfigError(f"config.json must hold an object, got {type(values).__name__}")
         read = _Reader(values)
@@ -151,6 +149,7 @@ class ModelConfig:
             attention=_attention(read) if LayerKind.ATTENTION in used else None,
             moe=_moe(read) if LayerKind.MOE in used else None,
             mlp=_mlp(read) if LayerKind.MLP in used else None,
+            quantization=read_quantization(values, hf_quant_config),
         )
 
     @property
@@ -166,6 +165,15 @@ class ModelConfig:
     def count(self, kind: LayerKind) -> int:
         """Layers of a kind, the MTP module not counted."""
         return self.layers.count(kind)
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not JSON: {error}") from error
 
 
 _MISSING = object()
@@ -227,7 +235,6 @@ def _refuse_unsupported(read: _Reader) -> None:
     read.absent("sliding_window", "attention over a window is not implemented")
     for key in ("rope_scaling", "rope_parameters"):
         _refuse_scaling(read, key)
-    read.absent("quantization_config", "quantised checkpoints are not supported; use bf16, fp16 or fp32 weights")
     limit = read.get("time_step_limit", [0.0, math.inf])
     if not isinstance(limit, list | tuple) or [_as_float(bound) for bound in limit] != [0.0, math.inf]:
         raise ConfigError(f"time_step_limit must be [0.0, Infinity], got {limit!r}")

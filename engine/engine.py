@@ -9,29 +9,29 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-import torch
 
 from headrace.engine.config import ConfigError, ModelConfig
 from headrace.engine.errors import ContextExceeded, EngineClosed, GenerationError, QueueFull, RequestError
 from headrace.engine.loop import EngineLoop, Inbox, MaskState
 from headrace.engine.model.batch import Caches
 from headrace.engine.model.load import load_model
+from headrace.engine.naming import model_name
 from headrace.engine.options import EngineConfig
 from headrace.engine.request import ChatOptions, Completion, SamplingParams
 from headrace.engine.run.device import Device
-from headrace.engine.run.memory import CacheSizes, plan_caches
-from headrace.engine.run.padding import padding_rows
+from headrace.engine.run.memory import CacheSizes
 from headrace.engine.run.runner import Model, Runner
 from headrace.engine.run.warm_up import warm_up_plans
 from headrace.engine.schedule import scheduler as scheduling
 from headrace.engine.schedule import sequence as sequences
 from headrace.engine.schedule.plan import SlotParams
+from headrace.engine.sizing import cache_dtypes, cache_sizes, scheduler_limits
 from headrace.engine.stream import ChoiceReader, Collector, Stream
 from headrace.engine.waiting import LoopWaiter, ThreadWaiter
 from headrace.kernels import Kernels, select
@@ -40,10 +40,12 @@ from headrace.tokenizer import (
     ChatError,
     ChatTemplate,
     Rendered,
+    StopMatcher,
     TextStream,
     Tokenizer,
     TokenizerError,
     has_chat_template,
+    text_bytes,
 )
 from headrace.tokenizer import load as load_tokenizer
 
@@ -52,6 +54,17 @@ EMBEDDED_MODEL = Path(__file__).parent / "tiny"
 EMBEDDED_NAME = "headrace-tiny"
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a prompt is to the engine: the field it came in, and what its answer's tokens mean."""
+
+    field: str
+    thinking: bool  # it ends inside an open think block
+    budget: int  # of reasoning tokens; -1: no limit
+    raw: bool  # one channel, all text as it is
+    content_from_reasoning: bool = False
 
 
 class Engine:
@@ -81,7 +94,7 @@ class Engine:
         template = ChatTemplate.load(path, tokenizer) if has_chat_template(path) else None
         kernels = select_kernels(config)
         network = load_model(path, device=config.device, progress=progress, kernels=kernels)
-        name = EMBEDDED_NAME if model is None else path.resolve().name
+        name = EMBEDDED_NAME if model is None else model_name(path)
         self._assemble(network, kernels, network.config, tokenizer, template, name, config)
 
     @classmethod
@@ -121,10 +134,10 @@ class Engine:
         self._template = template
         device = Device(config.device)
         self.sizes: CacheSizes = cache_sizes(model_config, config, device)
-        sizes, dtype = self.sizes, getattr(torch, config.torch_cache_dtype)
+        sizes, dtypes = self.sizes, cache_dtypes(model_config, config)
         with device.work():  # what is zeroed here is zero before the first step reads it
             slots, pages = sizes.num_slots + sizes.padding, sizes.num_pages + sizes.padding
-            caches = Caches.allocate(model_config, slots, pages, sizes.page_size, config.device, dtype)
+            caches = Caches.allocate(model_config, slots, pages, sizes.page_size, config.device, *dtypes)
             runner = Runner(network, kernels, caches, sizes, self.control, device)
         limits = scheduler_limits(config, sizes, model_config)
         if config.warms_up:
@@ -142,6 +155,11 @@ class Engine:
     def max_context(self) -> int:
         """Tokens of prompt and completion together."""
         return self.sizes.max_context
+
+    @property
+    def template_arguments(self) -> frozenset[str]:
+        """What ``ChatOptions.chat_template_kwargs`` may set in this model's chat template."""
+        return frozenset() if self._template is None else self._template.arguments
 
     # --- conversations ------------------------------------------------------------------------------------------
 
@@ -164,22 +182,21 @@ class Engine:
         """Answer a conversation as a stream of Delta and, per choice, one Finished."""
         params, options = params or SamplingParams(), options or ChatOptions()
         rendered = self.prompt_ids(messages, options)
-        budget = params.reasoning_budget if options.budget is None else options.budget
-        return self._submit(
-            rendered.ids,
-            params,
+        how = Reading(
             field="messages",
             thinking=rendered.thinking,
-            budget=budget,
+            budget=params.reasoning_budget if options.budget is None else options.budget,
             raw=False,
             content_from_reasoning=options.force_nonempty_content,
         )
+        return self._submit([rendered.ids], params, how)[0]
 
     def prompt_ids(self, messages: Sequence[Message], options: ChatOptions | None = None) -> Rendered:
         """The prompt a conversation becomes: ids, text, and whether it ends inside an open think block."""
         options = options or ChatOptions()
         if self._template is None:
             raise RequestError(f"{self.model_name} has no chat template: use generate()", param="messages")
+        self._check_text(text_bytes(messages), "messages")
         try:
             return self._template.render(
                 messages, effort=options.reasoning_effort, kwargs=dict(options.chat_template_kwargs)
@@ -208,17 +225,23 @@ class Engine:
         params = params or SamplingParams()
         if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))):
             return self._finish(self.generate_stream(prompt, params), params)  # type: ignore[arg-type]
-        ids = [self._prompt_ids(one) for one in prompt]  # type: ignore[arg-type]
+        ids = [self.raw_prompt_ids(one) for one in prompt]  # type: ignore[arg-type]
         for one in ids:
             self._check_prompt(one, "prompt")
         return self._generate_many(ids, params)
 
     def generate_stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Continue one prompt as a stream."""
-        return self._raw(self._prompt_ids(prompt), params or SamplingParams(), ThreadWaiter())
+        return self.generate_streams([prompt], params)[0]
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+    def generate_streams(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Stream]:
+        """Continue several prompts, each as a stream of its own. All are taken, or none."""
+        return self._raw([self.raw_prompt_ids(prompt) for prompt in prompts], params or SamplingParams())
+
+    def raw_prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The ids of a raw prompt. Raises RequestError, and ContextExceeded for text that cannot fit."""
         if isinstance(prompt, str):
+            self._check_text(len(prompt.encode(errors="replace")), "prompt")
             try:
                 return self.tokenizer.encode_with_markers(prompt)
             except TokenizerError as error:
@@ -227,8 +250,11 @@ class Engine:
             raise RequestError(f"a prompt is text or token ids, got {type(prompt).__name__}", param="prompt")
         return [_token_id(token, self.model_config.vocab_size) for token in prompt]
 
-    def _raw(self, ids: Sequence[int], params: SamplingParams, waiter: ThreadWaiter) -> Stream:
-        return self._submit(ids, params, field="prompt", thinking=False, budget=-1, raw=True, waiter=waiter)
+    def _raw(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, waiter: ThreadWaiter | None = None
+    ) -> list[Stream]:
+        how = Reading(field="prompt", thinking=False, budget=-1, raw=True)
+        return self._submit(prompts, params, how, waiter)
 
     def _generate_many(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
         """All prompts, a few more at a time than decode together; a full queue makes this wait, not fail."""
@@ -241,7 +267,7 @@ class Engine:
                 while waiting and len(running) < 2 * self.config.max_sequences:
                     index, ids = waiting[0]
                     try:
-                        stream = self._raw(ids, params, waiter)
+                        [stream] = self._raw([ids], params, waiter)
                     except QueueFull:
                         if not running:
                             raise
@@ -272,6 +298,11 @@ class Engine:
         """Why the engine's own thread failed, if it did; it then has to be made anew."""
         return self._loop.fault
 
+    @property
+    def step_seconds(self) -> float:
+        """How long the step that is under way has been running; 0 where there is none."""
+        return self._loop.step_seconds
+
     def stats(self) -> dict[str, int]:
         """Counts of the moment: sequences, pages, slots, steps, preemptions."""
         s = self._scheduler
@@ -287,7 +318,10 @@ class Engine:
         }
 
     def close(self, drain: bool = False, timeout: float | None = None) -> None:
-        """Stop. With ``drain``, requests already accepted may finish, within ``timeout`` seconds; the rest abort."""
+        """Stop. With ``drain``, requests already accepted may finish, within ``timeout`` seconds; the rest abort.
+
+        Raises TimeoutError if the step that is under way hangs; only the end of the process then ends it.
+        """
         self._loop.close(drain, timeout)
         self._kernels.close()
 
@@ -298,6 +332,12 @@ class Engine:
         self.close()
 
     # --- inside -------------------------------------------------------------------------------------------------
+
+    def _check_text(self, size: int, field: str) -> None:
+        """Refuse ``size`` bytes of text that no number of tokens can hold, before any work is done on them."""
+        longest = self.tokenizer.longest_token
+        if longest is not None and size > longest * self.max_context:
+            raise ContextExceeded(-(-size // longest), self.max_context, field, at_least=True)
 
     def _check_prompt(self, ids: Sequence[int], field: str) -> None:
         if not ids:
@@ -310,59 +350,61 @@ class Engine:
 
     def _submit(
         self,
-        ids: Sequence[int],
+        prompts: Sequence[Sequence[int]],
         params: SamplingParams,
-        *,
-        field: str,
-        thinking: bool,
-        budget: int,
-        raw: bool,
+        how: Reading,
         waiter: ThreadWaiter | None = None,
-        content_from_reasoning: bool = False,
-    ) -> Stream:
-        self._check_prompt(ids, field)
-        prompt = np.array(ids, np.int64)
-        slot_params = SlotParams(
-            max_tokens=min(params.max_tokens, self.max_context - len(ids)),
+    ) -> list[Stream]:
+        """A stream for each prompt; all of them are queued, or none."""
+        batch: list[sequences.Sequence] = []
+        masks: list[MaskState] = []
+        streams = []
+        stop = StopMatcher(params.stop) if params.stop else None
+        for ids in prompts:
+            self._check_prompt(ids, how.field)
+            prompt, slot_params = np.array(ids, np.int64), self._slot_params(len(ids), params, how)
+            hears, readers = waiter or ThreadWaiter(), []
+            for choice in range(params.n):
+                sequence = sequences.Sequence(
+                    prompt,
+                    replace(slot_params, choice=choice),
+                    logprobs=params.logprobs or params.top_logprobs > 0,
+                    top_logprobs=params.top_logprobs,
+                    sink=Inbox(hears),
+                )
+                batch.append(sequence)
+                if params.mask is not None:
+                    masks.append(MaskState(params.mask, self.control, how.thinking, how.budget))
+                readers.append(self._reader(sequence, how, stop))
+            streams.append(Stream(readers, hears, self._loop_waiter))
+        self._loop.submit(batch, masks or None)
+        return streams
+
+    def _slot_params(self, prompt_tokens: int, params: SamplingParams, how: Reading) -> SlotParams:
+        return SlotParams(
+            max_tokens=min(params.max_tokens, self.max_context - prompt_tokens),
             temperature=params.temperature,
             top_p=params.top_p,
             seed=secrets.randbits(64) if params.seed is None else params.seed,
             choice=0,
-            thinking=thinking,
-            budget=budget,
+            thinking=how.thinking,
+            budget=how.budget,
             ignore_eos=params.ignore_eos,
         )
-        waiter = waiter or ThreadWaiter()
-        logprobs = params.logprobs or params.top_logprobs > 0
-        batch, readers, masks = [], [], []
-        for choice in range(params.n):
-            inbox = Inbox(waiter)
-            sequence = sequences.Sequence(
-                prompt,
-                replace(slot_params, choice=choice),
-                logprobs=logprobs,
-                top_logprobs=params.top_logprobs,
-                sink=inbox,
-            )
-            batch.append(sequence)
-            if params.mask is not None:
-                masks.append(MaskState(params.mask, self.control, thinking, budget))
-            readers.append(
-                ChoiceReader(
-                    choice,
-                    inbox,
-                    TextStream(self.tokenizer, stop=params.stop, raw=raw, eos_ids=self.control.eos),
-                    self.tokenizer,
-                    self.control,
-                    len(prompt),
-                    partial(self._loop.abort, sequence),
-                    stop=params.stop,
-                    logprobs=logprobs,
-                    content_from_reasoning=content_from_reasoning,
-                )
-            )
-        self._loop.submit(batch, masks or None)
-        return Stream(readers, waiter, self._loop_waiter)
+
+    def _reader(self, sequence: sequences.Sequence, how: Reading, stop: StopMatcher | None) -> ChoiceReader:
+        return ChoiceReader(
+            sequence.params.choice,
+            sequence.sink,
+            TextStream(self.tokenizer, stop=stop, raw=how.raw, eos_ids=self.control.eos),
+            self.tokenizer,
+            self.control,
+            sequence.prompt_length,
+            partial(self._loop.abort, sequence),
+            stop=stop,
+            logprobs=sequence.logprobs,
+            content_from_reasoning=how.content_from_reasoning,
+        )
 
     def _loop_waiter(self, loop: asyncio.AbstractEventLoop) -> LoopWaiter:
         with self._lock:
@@ -415,51 +457,6 @@ def check_control_ids(control: ControlIds, model: ModelConfig) -> None:
     """Raises ConfigError if the tokenizer has control ids that the model has no embedding for."""
     if (highest := max(control.eos + control.closing, default=0)) >= model.vocab_size:
         raise ConfigError(f"the tokenizer's control id {highest} is outside the model's vocab_size {model.vocab_size}")
-
-
-def cache_sizes(model: ModelConfig, config: EngineConfig, device: Device) -> CacheSizes:
-    """What fits, see ``plan_caches``."""
-    dtype = getattr(torch, config.torch_cache_dtype)
-    return plan_caches(
-        Caches.allocate(model, 1, 1, config.page_size, device="meta", dtype=dtype),
-        device,
-        num_slots=config.max_sequences,
-        page_size=config.page_size,
-        model_context=model.max_position_embeddings,
-        max_context=config.max_context,
-        num_pages=config.num_pages,
-        cache_bytes=config.cache_bytes,
-        step_bytes=step_bytes(model, config),
-        padding=padding_rows(config.kernels, config.max_sequences),
-    )
-
-
-def step_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """What a step's tensors take on a GPU at most: activations of its rows, logits and scratch of its slots."""
-    chunk = config.max_batched_tokens or config.prefill_chunk + config.max_sequences
-    widest = max(model.mamba.projection_size if model.mamba else 0, 8 * model.hidden_size)
-    # Logits are 4 bytes a token of the vocabulary, the sampler's lists 8; attention leaves 72 partial sums a head.
-    attention = 72 * 4 * model.attention.num_heads * (model.attention.head_dim + 2) if model.attention else 0
-    moe = 4 * 8 * model.moe.top_k * (model.moe.latent_size or model.hidden_size) if model.moe else 0
-    return config.max_sequences * (12 * model.vocab_size + attention) + chunk * (4 * 4 * widest + moe)
-
-
-def scheduler_limits(config: EngineConfig, sizes: CacheSizes, model: ModelConfig) -> scheduling.Limits:
-    """What the scheduler may plan with. A model without Mamba layers may be cut anywhere."""
-    boundary = model.mamba.chunk_size if model.mamba else 1
-    chunk = -(-config.prefill_chunk // boundary) * boundary
-    return scheduling.Limits(
-        num_slots=sizes.num_slots,
-        num_pages=sizes.num_pages,
-        page_size=sizes.page_size,
-        prefill_chunk=chunk,
-        max_batched_tokens=config.max_batched_tokens or chunk + config.max_sequences,
-        boundary=boundary,
-        max_context=sizes.max_context,
-        preempt_bytes=config.preempt_bytes,
-        page_bytes=sizes.page_bytes,
-        slot_bytes=sizes.slot_bytes,
-    )
 
 
 def _token_id(token: object, vocab_size: int) -> int:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
 from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that this engine cannot run; the message names the key and its value."""
 
 
 class RequestError(ValueError):
@@ -22,12 +28,17 @@ class RequestError(ValueError):
 
 
 class ContextExceeded(RequestError):
-    """The prompt alone leaves no room for a single token."""
+    """The prompt alone leaves no room for a single token.
 
-    def __init__(self, prompt_tokens: int, max_context: int, param: str = "messages") -> None:
+    ``prompt_tokens`` is the least it can have where ``at_least`` is set: text so long is not turned into tokens.
+    """
+
+    def __init__(
+        self, prompt_tokens: int, max_context: int, param: str = "messages", *, at_least: bool = False
+    ) -> None:
         super().__init__(
-            f"the prompt has {prompt_tokens} tokens; with at least one to generate, at most {max_context - 1} fit "
-            f"(context {max_context})",
+            f"the prompt has {'at least ' if at_least else ''}{prompt_tokens} tokens; with at least one to generate, "
+            f"at most {max_context - 1} fit (context {max_context})",
             param=param,
             code="context_length_exceeded",
         )
@@ -57,6 +68,13 @@ class EngineFailed(EngineClosed):
 
 class GenerationError(RuntimeError):
     """A request was accepted and then failed: non-finite logits or its own mask (alone), or a failing step."""
+
+
+def trace(error: BaseException) -> str:
+    """Where an error came from, innermost call first, without its message: that may hold what a user wrote."""
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
+    return f"{type(error).__name__} at {where}"
 
 
 def _restore(kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:

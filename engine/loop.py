@@ -17,9 +17,9 @@ from typing import Protocol
 
 import numpy as np
 
-from headrace.engine.errors import EngineClosed, EngineFailed, QueueFull
+from headrace.engine.errors import EngineClosed, EngineFailed, QueueFull, trace
 from headrace.engine.reasoning import BudgetMachine
-from headrace.engine.request import Mask
+from headrace.engine.request import Failure, Mask
 from headrace.engine.run.device import DeviceLost
 from headrace.engine.schedule.plan import StepPlan, StepResult
 from headrace.engine.schedule.scheduler import Outcome, Scheduler
@@ -28,6 +28,9 @@ from headrace.engine.waiting import Waiter
 from headrace.kernels.control import ControlIds, Finish, Phase
 
 logger = logging.getLogger("headrace.engine")
+
+STEP_SECONDS = 120.0
+"""How long ``close`` waits for a step that is under way: steps of a big model on a CPU are slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,12 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """A sequence's one terminal event. ``error`` says why it failed, if it did."""
+    """A sequence's one terminal event. ``error`` says why it failed, if it did, ``failure`` of what kind that is."""
 
     finish: Finish
     aborted: bool = False
     error: str | None = None
+    failure: Failure | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +59,7 @@ class Inbox:
 
     ``items`` holds Token, or a plain (id, phase) pair where no log-probability is wanted (the cheap form), and at the
     end one End. ``on_arrival`` is called on the engine thread after each item: it is how stop strings are found before
-    the next step, and is None for requests without them.
+    the next step. It is None for requests without them, and once it has raised: the reader takes the rest itself.
     """
 
     waiter: Waiter
@@ -137,6 +141,7 @@ class EngineLoop:
         self._live: dict[Sequence, None] = {}  # in order of submission
         self._masks: dict[Sequence, MaskState] = {}
         self.steps = 0
+        self._pass_began: float | None = None  # of the pass that is under way
 
     # --- from any thread ----------------------------------------------------------------------------------------
 
@@ -170,10 +175,17 @@ class EngineLoop:
         """Whether a submission would be taken, a full queue apart."""
         return not (self._closing or self._draining)
 
+    @property
+    def step_seconds(self) -> float:
+        """How long the step that is under way has been running; 0 where there is none."""
+        began = self._pass_began
+        return 0.0 if began is None else time.monotonic() - began
+
     def close(self, drain: bool = False, timeout: float | None = None) -> None:
         """Stop taking requests; with ``drain`` let what was admitted finish (at most ``timeout`` seconds), then stop.
 
-        What has not finished then ends as aborted. The thread is gone when this returns.
+        What has not finished then ends as aborted. The thread is gone when this returns. Raises TimeoutError if a step
+        that is under way does not end within STEP_SECONDS: no thread can be ended from outside.
         """
         with self._condition:
             self._draining = True
@@ -183,7 +195,9 @@ class EngineLoop:
             thread = self._thread
             self._condition.notify_all()
         if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            thread.join(STEP_SECONDS)
+            if thread.is_alive():
+                raise TimeoutError(f"the engine's step has not ended within {STEP_SECONDS:g} seconds")
 
     # --- on the engine thread -----------------------------------------------------------------------------------
 
@@ -191,30 +205,39 @@ class EngineLoop:
         end = End(Finish.NONE, aborted=True)
         try:
             while self._read_mail():
-                plan = self._scheduler.schedule()
-                if plan is not None:
-                    if plan.starts:
-                        self._note_admissions()
-                    self._step(plan)
+                self._pass_began = time.monotonic()
+                self._pass()
+                self._pass_began = None
         except BaseException as error:  # a fault of ours, not of a step: nobody may wait for ever
-            logger.exception("the engine thread failed")
+            logger.error("the engine thread failed: %s", trace(error))
             self.fault = f"the engine failed: {error}"
-            end = End(Finish.ERROR, error=self.fault)
+            end = End(Finish.ERROR, error=self.fault, failure="engine")
+        self._pass_began = None
         with self._condition:
             self._closing = True
             left = list(self._live)
         for sequence in left:
             self._end(sequence, end)
 
+    def _pass(self) -> None:
+        plan = self._scheduler.schedule()
+        if plan is not None:
+            if plan.starts:
+                self._note_admissions()
+            self._step(plan)
+
     def _read_mail(self) -> bool:
-        """Take in the mail, sleeping while there is nothing to do; False once the loop is to end."""
+        """Take in the mail, sleeping while there is nothing to do; False once the loop is to end.
+
+        Mail holds prompts: none of it is kept while the thread sleeps.
+        """
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._mail or self._closing or not self._scheduler.idle)
                 mail, self._mail = self._mail, deque()
                 closing = self._closing
-            for deliver in mail:
-                deliver()
+            while mail:
+                mail.popleft()()
             if closing:
                 return False
             if not self._scheduler.idle:
@@ -237,9 +260,9 @@ class EngineLoop:
         if self._scheduler.abort(sequence):
             self._end(sequence, End(Finish.NONE, aborted=True))
 
-    def _fail(self, sequence: Sequence, error: str) -> None:
+    def _fail(self, sequence: Sequence, failure: Failure, error: str) -> None:
         self._scheduler.abort(sequence)
-        self._end(sequence, End(Finish.ERROR, error=error))
+        self._end(sequence, End(Finish.ERROR, error=error, failure=failure))
 
     def _step(self, plan: StepPlan) -> None:
         try:
@@ -249,9 +272,11 @@ class EngineLoop:
         except DeviceLost:  # no other step can succeed: the engine has failed
             raise
         except Exception as error:  # a kernel failed: its step is lost, the engine goes on
-            logger.exception("step %d failed", plan.number)
-            for sequence in self._scheduler.fail_step():
-                self._end(sequence, End(Finish.ERROR, error=f"the step failed: {error}"))
+            logger.error("step %d failed: %s", plan.number, trace(error))
+            victims = self._scheduler.fail_step()
+            failure: Failure = "step" if len(victims) == 1 else "neighbours"
+            for sequence in victims:
+                self._end(sequence, End(Finish.ERROR, error=f"the step failed: {error}", failure=failure))
             return
         self.steps += 1
         self._publish(self._scheduler.commit(result))
@@ -265,7 +290,7 @@ class EngineLoop:
             try:
                 allowed = state.allowed(sequence.skip, self._vocab_size)
             except BaseException as error:  # a user's mask, whatever it raises: it fails its request alone
-                self._fail(sequence, f"the mask failed: {error!r}")
+                self._fail(sequence, "mask", f"the mask failed: {error!r}")
                 continue
             if allowed is not None:
                 masks.append((row, allowed))
@@ -291,12 +316,11 @@ class EngineLoop:
                 self._put(sequence, item)
             waiters.add(inbox.waiter)
         for sequence, finish in outcome.finished:
-            error = None
+            end = End(finish)
             if finish is Finish.ERROR:
-                error = "the model's logits are not finite"
-                if sequence in self._masks:
-                    error += ", or the mask allows no token"
-            self._end(sequence, End(finish, error=error), wake=False)
+                allows = ", or the mask allows no token" if sequence in self._masks else ""
+                end = End(finish, error=f"the model's logits are not finite{allows}", failure="logits")
+            self._end(sequence, end, wake=False)
             waiters.add(sequence.sink.waiter)
         for waiter in waiters:
             waiter.wake()
@@ -305,9 +329,9 @@ class EngineLoop:
         try:
             sequence.sink.put(item)
         except Exception as error:  # text could not be made of it: nobody else's concern
-            logger.exception("reading a sequence's tokens failed")
+            logger.error("reading a sequence's tokens failed: %s", trace(error))
             sequence.sink.on_arrival = None
-            self._fail(sequence, f"reading its tokens failed: {error}")
+            self._fail(sequence, "text", f"reading its tokens failed: {error}")
 
     def _token(
         self, sequence: Sequence, row: int, token: int, phase: int, result: StepResult
@@ -333,7 +357,9 @@ class EngineLoop:
                 self._condition.notify_all()  # close() may be waiting for this
         try:
             sequence.sink.put(end)
-        except Exception:
-            logger.exception("reading a sequence's end failed")
+        except Exception as error:  # it has taken the end, and made nothing of it
+            logger.error("reading a sequence's end failed: %s", trace(error))
+            sequence.sink.on_arrival = None
+            sequence.sink.put(End(Finish.ERROR, error=f"reading its end failed: {error}", failure="text"))
         if wake:
             sequence.sink.waiter.wake()

@@ -13,6 +13,7 @@ from headrace.kernels.native.library import MAX_THREADS
 Backend = Literal["auto", "reference", "native", "triton"]
 Instructions = Literal["auto", "portable", "avx2", "avx512", "avx512_bf16"]
 CacheDtype = Literal["auto", "float32", "bfloat16"]
+KvDtype = Literal["auto", "float32", "bfloat16", "fp8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class EngineConfig:
     instructions        the native kernels' instruction path: "portable", "avx2", "avx512" give the same bits, "auto"
                         is the best of them; "avx512_bf16" rounds activations to bfloat16, for twice the flops
     cache_dtype         of keys, values and convolution inputs: "float32", "bfloat16"; "auto": bfloat16 on a CUDA device
+    kv_dtype            of keys and values, where not cache_dtype: "float32", "bfloat16", or "fp8" (e4m3, divided by the
+                        checkpoint's scales); "auto": fp8 if the checkpoint asks for it and the kernels have it
     warm_up             run steps of every size while loading, so that no request waits for a kernel to be compiled;
                         None: on a CUDA device
     """
@@ -56,6 +59,7 @@ class EngineConfig:
     threads: int | None = None
     instructions: Instructions = "auto"
     cache_dtype: CacheDtype = "auto"
+    kv_dtype: KvDtype = "auto"
     warm_up: bool | None = None
 
     def __post_init__(self) -> None:
@@ -73,7 +77,8 @@ class EngineConfig:
             raise ValueError(f"closing_text must be a string, got {self.closing_text!r}")
         if not isinstance(self.device, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {self.device!r}")
-        for name, kind in (("backend", Backend), ("instructions", Instructions), ("cache_dtype", CacheDtype)):
+        choices = {"backend": Backend, "instructions": Instructions, "cache_dtype": CacheDtype, "kv_dtype": KvDtype}
+        for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         if not isinstance(self.warm_up, bool | None):

@@ -14,6 +14,9 @@ from headrace.engine.errors import RequestError
 Channel = Literal["reasoning", "content"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 Effort = Literal["none", "low", "high"]
+Failure = Literal["logits", "mask", "text", "step", "neighbours", "engine"]
+"""What a choice failed of: its logits, its mask, its text, a step that computed nothing else, a step that computed
+others too (trying again may help), or the engine as a whole."""
 
 MAX_TOKENS_LIMIT = 32768
 MAX_SEED = 2**64 - 1
@@ -154,6 +157,7 @@ class Usage:
 class Finished:
     """The one terminal event of a choice. ``token_ids`` are those that no delta carried, such as end-of-sequence.
 
+    ``error`` says in words what failed, and may quote what was raised; ``failure`` is the kind.
     ``queue_seconds`` is how long the choice waited for a slot, None if it never had one.
     """
 
@@ -162,6 +166,7 @@ class Finished:
     usage: Usage
     stop_string: str | None = None
     error: str | None = None
+    failure: Failure | None = None
     token_ids: tuple[int, ...] = ()
     queue_seconds: float | None = None
 

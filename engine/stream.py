@@ -13,6 +13,7 @@ from headrace.engine.request import (
     Choice,
     Completion,
     Delta,
+    Failure,
     Finished,
     FinishReason,
     SamplingParams,
@@ -21,7 +22,7 @@ from headrace.engine.request import (
 )
 from headrace.engine.waiting import LoopWaiter, ThreadWaiter, Waiter
 from headrace.kernels.control import ControlIds, Finish, Phase
-from headrace.tokenizer import Tokenizer
+from headrace.tokenizer import StopMatcher, Tokenizer
 from headrace.tokenizer.stream import Piece, TextStream
 
 _REASONS: dict[Finish, FinishReason] = {Finish.STOP: "stop", Finish.LENGTH: "length", Finish.ERROR: "error"}
@@ -31,8 +32,8 @@ class ChoiceReader:
     """Reads one sequence's inbox: ids become text, stop strings end it, and the one Finished closes it.
 
     ``advance`` takes items from the inbox and makes text of them. With stop strings the engine thread calls it at
-    every arrival, so that a match ends the sequence before its next step; without, the reader's thread does, and the
-    engine spends nothing on text. ``events`` is always the reader's.
+    every arrival, so that a match ends the sequence before its next step; without, and after it has raised there, the
+    reader's thread does, and the engine spends nothing on text. ``events`` is always the reader's.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class ChoiceReader:
         prompt_tokens: int,
         abort: Callable[[], None],
         *,
-        stop: Sequence[str] = (),
+        stop: StopMatcher | None = None,
         logprobs: bool = False,
         content_from_reasoning: bool = False,
     ) -> None:
@@ -54,9 +55,8 @@ class ChoiceReader:
         self.ids: list[int] = []
         self.finished = False  # the Finished event has been made
         self.abort = abort
-        self._stops = tuple(stop)
-        self._eager = bool(stop)
-        if stop:
+        self._stop = stop
+        if stop is not None:
             inbox.on_arrival = self.advance
         self._text = text
         self._tokenizer = tokenizer
@@ -76,7 +76,9 @@ class ChoiceReader:
     @property
     def ready(self) -> bool:
         """Whether ``events`` would return something."""
-        return not self.finished and bool(self._pieces or self._end or (self.inbox.items and not self._eager))
+        return not self.finished and bool(
+            self._pieces or self._end or (self.inbox.items and self.inbox.on_arrival is None)
+        )
 
     def advance(self) -> None:
         """Make text of everything that has arrived. Called by one thread only, see above."""
@@ -84,8 +86,9 @@ class ChoiceReader:
         while items and self._end is None:
             item = items.popleft()
             if isinstance(item, End):
-                self._pieces.extend(text.finish())
-                self._close("abort" if item.aborted else _REASONS[item.finish], error=item.error)
+                if item.failure != "text":  # what is held back may be what failed
+                    self._pieces.extend(text.finish())
+                self._close("abort" if item.aborted else _REASONS[item.finish], error=item.error, failure=item.failure)
                 return
             piece = self._take(item)
             if piece is not None:
@@ -97,7 +100,7 @@ class ChoiceReader:
 
     def events(self) -> list[Delta | Finished]:
         """What there is to tell, neighbouring pieces of a channel as one delta."""
-        if not self._eager:
+        if self.inbox.on_arrival is None:
             self.advance()
         end = self._end  # before the pieces: whatever came ahead of it is there by now
         pieces = [self._pieces.popleft() for _ in range(len(self._pieces))]
@@ -116,7 +119,9 @@ class ChoiceReader:
         if not self._content_from_reasoning or self._answered or end.reason == "error" or end.reason == "abort":
             return []
         text = "".join(self._reasoning).lstrip("\n")
-        text = text[: min((text.index(stop) for stop in self._stops if stop in text), default=len(text))]
+        if self._stop is not None:
+            _, found, used = self._stop.feed(0, text)
+            text = text[: used - len(found or "")]
         entries = None if self._logprobs is None else ()
         return [Delta(self.index, "content", text, (), entries)] if text and end.stop_string is None else []
 
@@ -138,7 +143,7 @@ class ChoiceReader:
         assert token.logprob is not None, "a sequence that wants log-probabilities gets them with every token"
         return TokenLogprob(token.token_id, data.decode("utf-8", "replace"), data, token.logprob, token.top)
 
-    def _deltas(self, pieces: Sequence[Piece]) -> Iterator[Delta]:
+    def _deltas(self, pieces: list[Piece]) -> Iterator[Delta]:
         merged: list[Piece] = []
         for piece in pieces:
             if merged and merged[-1].channel == piece.channel:
@@ -155,9 +160,17 @@ class ChoiceReader:
                 self._reasoning.append(piece.text)
             yield Delta(self.index, piece.channel, piece.text, ids, entries)
 
-    def _close(self, reason: FinishReason, stop_string: str | None = None, error: str | None = None) -> None:
+    def _close(
+        self,
+        reason: FinishReason,
+        stop_string: str | None = None,
+        error: str | None = None,
+        failure: Failure | None = None,
+    ) -> None:
         usage = Usage(self._prompt_tokens, self._completion_tokens, self._reasoning_tokens)
-        self._end = Finished(self.index, reason, usage, stop_string, error, queue_seconds=self.inbox.queue_seconds)
+        self._end = Finished(
+            self.index, reason, usage, stop_string, error, failure, queue_seconds=self.inbox.queue_seconds
+        )
 
 
 class Stream:
@@ -174,9 +187,11 @@ class Stream:
         loop_waiter: Callable[[asyncio.AbstractEventLoop], LoopWaiter],
     ) -> None:
         self._readers = list(readers)
+        self._open = self._readers  # those that have not finished
         self._waiter = waiter
         self._loop_waiter = loop_waiter
         self._events: deque[Delta | Finished] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None  # whose waiter hears of arrivals; None: the thread's
 
     @property
     def token_ids(self) -> tuple[tuple[int, ...], ...]:
@@ -201,19 +216,21 @@ class Stream:
     @property
     def done(self) -> bool:
         """Whether every event has been handed out."""
-        return not self._events and all(r.finished for r in self._readers)
+        return not self._events and not self._open
 
     def ready(self) -> bool:
         """Whether ``poll`` would return something, or never will again."""
-        return self.done or bool(self._events) or any(r.ready for r in self._readers)
+        return bool(self._events) or not self._open or any(reader.ready for reader in self._open)
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> Delta | Finished:
-        self._wake(self._waiter)
+        if self._loop is not None:
+            self._loop = None
+            self._wake(self._waiter)
         while not self._events:
-            if self.done:
+            if not self._open:
                 raise StopIteration
             self._waiter.wait_until(self.ready)
             self._gather()
@@ -223,12 +240,15 @@ class Stream:
         return self
 
     async def __anext__(self) -> Delta | Finished:
-        waiter = self._loop_waiter(asyncio.get_running_loop())
-        self._wake(waiter)
+        if not self._events:
+            loop = asyncio.get_running_loop()
+            if self._loop is not loop:
+                self._loop, self._async_waiter = loop, self._loop_waiter(loop)
+                self._wake(self._async_waiter)
         while not self._events:
-            if self.done:
+            if not self._open:
                 raise StopAsyncIteration
-            await waiter.wait_until(self.ready)
+            await self._async_waiter.wait_until(self.ready)
             self._gather()
         return self._events.popleft()
 
@@ -253,9 +273,9 @@ class Stream:
             reader.inbox.waiter = waiter
 
     def _gather(self) -> None:
-        for reader in self._readers:
-            if not reader.finished:
-                self._events.extend(reader.events())
+        for reader in self._open:
+            self._events.extend(reader.events())
+        self._open = [reader for reader in self._open if not reader.finished]
 
 
 class Collector:

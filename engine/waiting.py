@@ -67,7 +67,7 @@ class LoopWaiter:
 
     async def wait_until(self, ready: Callable[[], bool]) -> None:
         """Suspend until ``ready()`` holds."""
-        while not ready():
+        if not ready():
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append((ready, future))
-            await future
+            await future  # done once ready() holds, which only the caller can change again

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
+
+from headrace.kernels.formats import Format
 
 Op = Callable[..., Any]
 
@@ -32,6 +34,8 @@ class Kernels:
     experts: Op
     rms_norm: Op
     sample: Op
+    formats: frozenset[Format]
+    """Of weights, which its ``pack_linear`` and ``pack_experts`` take."""
     close: Callable[[], None] = lambda: None
     """Ends what the backend keeps, threads say; its ops may not be called afterwards."""
 
@@ -55,6 +59,13 @@ MODULES = {
 
 BACKENDS = {"reference": "headrace.kernels", "native": "headrace.kernels.native", "triton": "headrace.kernels.triton"}
 """Packages by backend; imported when selected, since not every machine has what they need."""
+
+FORMATS: dict[str, frozenset[Format]] = {
+    "reference": frozenset(get_args(Format)),
+    "native": frozenset(get_args(Format)),
+    "triton": frozenset(get_args(Format)),
+}
+"""The weight formats that a backend has kernels for."""
 
 
 def select(backend: str = "reference", *, threads: int | None = None, instructions: str = "auto") -> Kernels:
@@ -80,8 +91,9 @@ def select(backend: str = "reference", *, threads: int | None = None, instructio
             pool = Pool(threads or available_cores(), instructions)
         except NotBuilt as error:
             raise ValueError(f"backend 'native': {error}") from error
-        return Kernels(**{name: partial(op, pool=pool) for name, op in ops.items()}, close=pool.close)
-    return Kernels(**ops)
+        ops = {name: partial(op, pool=pool) for name, op in ops.items()}
+        return Kernels(**ops, formats=FORMATS[backend], close=pool.close)
+    return Kernels(**ops, formats=FORMATS[backend])
 
 
 def native_is_built() -> bool:

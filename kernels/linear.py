@@ -7,6 +7,9 @@ threads (tests/kernels/test_linear.py keeps the evidence): ``torch.mm`` picks an
 and with N not a multiple of 16 its column tails change with the thread count, the row's place and the alignment of
 memory. With N padded to multiples of 16 and rows computed in full tiles of 16 no difference was ever seen. So every
 matrix product of the references goes through ``bmm`` below: one GEMM problem per tile, its shape fixed by the weight.
+
+A quantised weight (``kernels.formats``) stays as it is stored. A block of its outputs at a time is expanded to fp32 and
+multiplied with; its scale multiplies the finished sums, before bias and residual.
 """
 
 from __future__ import annotations
@@ -19,33 +22,68 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from headrace.kernels.activation import relu2 as squared_relu
+from headrace.kernels.formats import Fp8, Nvfp4, Quantised, Weight, common_format
 from headrace.kernels.norm import Norm, rms_norm
 
 TILE = 16
 """Rows of a tile and granularity of N; see above."""
 
 
+EXPANDED = 1 << 20
+"""Elements of a quantised weight that are expanded at a time, about: 4 MiB of fp32."""
+
+
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """A weight as the reference wants it: [N rounded up to TILE, K] fp32, zero rows below ``out_features``."""
+    """A weight as the reference wants it: N rounded up to TILE, zero rows below ``out_features``."""
 
-    weight: Tensor
+    weight: Weight  # [N rounded up, K]; a float one is fp32, a quantised one's own scale is 1
+    scale: Tensor | None  # [N] fp32, of a quantised weight's outputs
     bias: Tensor | None  # [N] fp32
     out_features: int
 
 
-def pack_linear(weights: Sequence[Tensor], bias: Tensor | None = None, *, dim: int = 0) -> PackedLinear:
-    """Prepare weights [N_i, K_i] (fp32, bf16, fp16) and bias [N] fp32 for ``linear``; done once, at load.
+def pack_linear(weights: Sequence[Weight], bias: Tensor | None = None, *, dim: int = 0) -> PackedLinear:
+    """Prepare weights [N_i, K_i] and bias [N] fp32 for ``linear``; done once, at load.
 
     Several are one projection: with ``dim`` 0 their outputs stand side by side (all K_i equal), with ``dim`` 1 their
-    inputs do, and the products are summed (all N_i equal).
+    inputs do, and the products are summed (all N_i equal). Weights are all fp32, bf16 or fp16, or all ``Fp8``, or all
+    ``Nvfp4``; quantised ones may differ in their scales, and are one alone with ``dim`` 1.
+
+    Raises ValueError for weights of several formats, and for several quantised ones with ``dim`` 1.
     """
-    weight = torch.cat(tuple(weights), dim)
-    rows = weight.shape[0]
-    packed = weight.float().contiguous()
-    if rows % TILE:
-        packed = pad(packed, (0, 0, 0, -rows % TILE))
-    return PackedLinear(packed, None if bias is None else bias.float(), rows)
+    packed: Weight
+    scale = None
+    if common_format(weights) == "float":
+        packed = _padded(torch.cat([w for w in weights if isinstance(w, Tensor)], dim).float().contiguous())
+    else:
+        packed, scale = _pack_quantised([w for w in weights if not isinstance(w, Tensor)], dim)
+    rows = weights[0].shape[0] if dim == 1 else sum(w.shape[0] for w in weights)
+    return PackedLinear(packed, scale, None if bias is None else bias.float(), rows)
+
+
+def _pack_quantised(weights: list[Quantised], dim: int) -> tuple[Weight, Tensor]:
+    """The bytes of all as one weight, and the scale of each output."""
+    if dim == 1 and len(weights) > 1:
+        raise ValueError(f"{len(weights)} {weights[0].format} weights with dim 1: each has a scale of its own")
+    scale = torch.cat([w.scale.expand(w.shape[0]) for w in weights])
+    one = torch.ones((), device=scale.device)
+    if isinstance(weights[0], Fp8):
+        return Fp8(_joined([w.values for w in weights if isinstance(w, Fp8)]), one), scale
+    fp4 = [w for w in weights if isinstance(w, Nvfp4)]
+    codes, blocks = _joined([w.codes for w in fp4]), _joined([w.block_scales for w in fp4])
+    return Nvfp4(codes, blocks, one), scale
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Rows of all, and zero rows up to a whole tile; by their bits, as not every op knows fp8."""
+    bits = _padded(torch.cat([part.view(torch.uint8) for part in parts]))
+    return bits.view(parts[0].dtype)
+
+
+def _padded(weight: Tensor) -> Tensor:
+    missing = -weight.shape[0] % TILE
+    return pad(weight, (0, 0, 0, missing)) if missing else weight
 
 
 def linear(
@@ -71,6 +109,8 @@ def linear(
     if relu2:
         parts = (*parts[:-1], squared_relu(parts[-1]))
     y = tile_linear(torch.cat(parts, 1), packed.weight)[:, : packed.out_features]
+    if packed.scale is not None:
+        y = y * packed.scale
     if packed.bias is not None:
         y = y + packed.bias
     return y if residual is None else residual + y
@@ -91,11 +131,27 @@ def embed(weight: Tensor, token_ids: Tensor) -> Tensor:
     return weight.index_select(0, token_ids).float()
 
 
-def tile_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, K] times weight [N, K] transposed -> [T, N] fp32, in tiles of 16 rows."""
+def tile_linear(x: Tensor, weight: Weight) -> Tensor:
+    """x [T, K] times weight [N, K] (unscaled) transposed -> [T, N] fp32, in tiles of 16 rows."""
     rows, width = x.shape
     tiles = pad(x, (0, 0, 0, -rows % TILE)).contiguous().view(-1, TILE, width)
-    return bmm(tiles, weight.t().expand(tiles.shape[0], -1, -1)).reshape(-1, weight.shape[0])[:rows]
+    return multiply_tiles(tiles, weight).reshape(-1, weight.shape[0])[:rows]
+
+
+def multiply_tiles(tiles: Tensor, weight: Weight) -> Tensor:
+    """tiles [B, 16, K] times weight [N, K] (unscaled) transposed -> [B, 16, N] fp32.
+
+    A quantised weight is expanded in blocks of rows, whose number follows from K alone.
+    """
+    if isinstance(weight, Tensor):
+        return bmm(tiles, weight.t().expand(tiles.shape[0], -1, -1))
+    features, width = weight.shape
+    block = max(TILE, EXPANDED // max(width, 1) // TILE * TILE)
+    products = [
+        multiply_tiles(tiles, weight.rows(first, min(first + block, features)).unscaled().float())
+        for first in range(0, max(features, 1), block)
+    ]
+    return products[0] if len(products) == 1 else torch.cat(products, 2)
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.activation import relu2, sigmoid
-from headrace.kernels.linear import TILE, bmm
+from headrace.kernels.formats import Fp8, Nvfp4, Weight, common_format, tensors_of
+from headrace.kernels.linear import TILE, multiply_tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +43,17 @@ class Routes:
 
 @dataclass(frozen=True, slots=True)
 class PackedExperts:
-    """Experts as the reference wants them."""
+    """Experts as the reference wants them: fp32, or quantised as they are stored."""
 
-    up: Tensor  # [E, I, K] fp32
-    down: Tensor  # [E, K, I] fp32
+    up: Weight  # [E, I, K]
+    down: Weight  # [E, K, I]
 
 
 class Matrices(Protocol):
-    """One matrix per expert, all of one shape and dtype: a stacked tensor, or a file's tensors read one by one.
+    """One matrix per expert, all of one shape and format: a stacked weight, or a file's tensors read one by one.
 
-    What was given may be overwritten by what is asked for next.
+    What was given may be overwritten by what is asked for next. What is not a tensor says its ``format``
+    (``formats.format_of``).
     """
 
     @property
@@ -59,22 +61,39 @@ class Matrices(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, expert: int) -> Tensor: ...
+    def __getitem__(self, expert: int) -> Weight: ...
 
 
 def pack_experts(up: Matrices, down: Matrices) -> PackedExperts:
-    """Prepare experts' weights, E of up [I, K] and of down [K, I] (fp32, bf16, fp16), for ``experts``; once, at load.
+    """Prepare experts' weights, E of up [I, K] and of down [K, I], for ``experts``; once, at load.
 
-    Each matrix is asked for once, and not kept beside the result.
+    Either all are fp32, bf16 or fp16, or all ``Fp8``, or all ``Nvfp4``; each quantised one has its own scale. Each
+    matrix is asked for once, and not kept beside the result. Raises ValueError for two formats.
     """
+    common_format((up, down))
     return PackedExperts(_stacked(up), _stacked(down))
 
 
-def _stacked(matrices: Matrices) -> Tensor:
+def _stacked(matrices: Matrices) -> Weight:
+    """A copy of all, one after the other."""
     first = matrices[0]
-    stacked = torch.empty(len(matrices), *first.shape, device=first.device)
-    for expert in range(len(matrices)):
-        stacked[expert] = matrices[expert] if expert else first
+    count = len(matrices)
+
+    def room(like: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty(count, *like.shape, dtype=dtype, device=like.device)
+
+    stacked: Weight
+    if isinstance(first, Tensor):
+        stacked = room(first, torch.float32)
+    elif isinstance(first, Fp8):
+        stacked = Fp8(room(first.values, first.values.dtype), room(first.scale, torch.float32))
+    else:
+        blocks = room(first.block_scales, first.block_scales.dtype)
+        stacked = Nvfp4(room(first.codes, torch.uint8), blocks, room(first.scale, torch.float32))
+    for expert in range(count):
+        matrix = matrices[expert] if expert else first
+        for place, part in zip(tensors_of(stacked), tensors_of(matrix), strict=True):
+            place[expert] = part
     return stacked
 
 
@@ -122,13 +141,18 @@ def experts(x: Tensor, packed: PackedExperts, routes: Routes, *, residual: Tenso
     for expert, count in enumerate(tiles_of):
         if count:
             start, end = end, end + count
-            inner = relu2(bmm(tiles[start:end], up[expert].t().expand(count, -1, -1)))
-            out[start:end] = bmm(inner, down[expert].t().expand(count, -1, -1))
+            inner = relu2(_times(tiles[start:end], up[expert]))
+            out[start:end] = _times(inner, down[expert])
     terms = out.flatten(0, 1).index_select(0, places).view(rows, top_k, x.shape[1]) * routes.weights[..., None]
     total = terms[:, 0]
     for j in range(1, top_k):
         total = total + terms[:, j]
     return total if residual is None else residual + total
+
+
+def _times(tiles: Tensor, weight: Weight) -> Tensor:
+    product = multiply_tiles(tiles, weight)
+    return product if isinstance(weight, Tensor) else product * weight.scale
 
 
 def _places(pairs: Tensor, experts: int) -> tuple[Tensor, list[int]]:

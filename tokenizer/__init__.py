@@ -9,9 +9,10 @@ from headrace.tokenizer.base import MarkedTokenizer, Tokenizer
 from headrace.tokenizer.bpe import load_bpe
 from headrace.tokenizer.chat import ChatTemplate, Rendered, has_chat_template, template_options
 from headrace.tokenizer.errors import ChatError, TokenizerError
-from headrace.tokenizer.messages import check_turns
+from headrace.tokenizer.messages import check_turns, text_bytes
 from headrace.tokenizer.sentencepiece import load_sentencepiece
 from headrace.tokenizer.settings import TextSettings
+from headrace.tokenizer.stops import StopMatcher
 from headrace.tokenizer.stream import Piece, TextStream
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "MarkedTokenizer",
     "Piece",
     "Rendered",
+    "StopMatcher",
     "TextSettings",
     "TextStream",
     "Tokenizer",
@@ -28,6 +30,7 @@ __all__ = [
     "has_chat_template",
     "load",
     "template_options",
+    "text_bytes",
 ]
 
 

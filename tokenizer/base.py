@@ -33,6 +33,12 @@ class Tokenizer(Protocol):
         """The texts that chat templates read as `bos_token`, `eos_token` and so on."""
 
     @property
+    def longest_token(self) -> int | None:
+        """Bytes of the longest token, so that a text has at least its bytes divided by this tokens. None where a token
+        can stand for more: the text is changed before it is encoded, or has characters that no token spells.
+        """
+
+    @property
     def strips_leading_space(self) -> bool:
         """Whether encoding a text puts a space in front of it, and decoding takes it away again."""
 
@@ -61,7 +67,8 @@ class MarkedTokenizer:
     """A tokenizer made of a plain encoder, the bytes of every id, and markers.
 
     `plain(text, after_marker)` must never give a marker's id, but for the id of unknown characters in a
-    vocabulary that cannot spell every text. `pieces[id]` are the bytes of a token, b"" where an id has none.
+    vocabulary that cannot spell every text. `pieces[id]` are the bytes of a token, b"" where an id has none. `exact`:
+    a text is spelt by its tokens byte for byte.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class MarkedTokenizer:
         settings: TextSettings,
         *,
         strips_leading_space: bool = False,
+        exact: bool = False,
     ) -> None:
         found = tuple(markers)
         self._plain = plain
@@ -81,6 +89,7 @@ class MarkedTokenizer:
         self._markers = {marker.text: marker.token_id for marker in found}
         self._settings = _resolved(settings, self._markers, len(pieces))
         self._strips_leading_space = strips_leading_space
+        self._longest_token = max(map(len, pieces), default=0) if exact else None
 
     @property
     def vocab_size(self) -> int:
@@ -101,6 +110,10 @@ class MarkedTokenizer:
     @property
     def special_tokens(self) -> Mapping[str, str]:
         return self._settings.tokens
+
+    @property
+    def longest_token(self) -> int | None:
+        return self._longest_token or None
 
     @property
     def strips_leading_space(self) -> bool:

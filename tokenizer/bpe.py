@@ -44,7 +44,9 @@ def load_bpe(path: Path, settings: TextSettings) -> MarkedTokenizer:
         ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
         return ids
 
-    return MarkedTokenizer(plain, pieces, markers, settings)
+    # A normaliser may shorten a text, and so may a splitter that removes what it splits at.
+    exact = spec.get("normalizer") is None and '"Removed"' not in json.dumps(spec.get("pre_tokenizer"))
+    return MarkedTokenizer(plain, pieces, markers, settings, exact=exact)
 
 
 def _vocabulary(spec: Mapping[str, Any], path: Path) -> dict[str, int]:

@@ -95,6 +95,12 @@ class ChatTemplate:
             raise TokenizerError(f"chat template does not compile: {error}") from None
         self._guard = Guard(tuple(tokenizer.markers))
 
+    @property
+    def arguments(self) -> frozenset[str]:
+        """The variables that a caller may set: those the template reads, less what the server sets itself."""
+        ours = {*_RESERVED, *_ENGINE_OPTIONS, *self._tokenizer.special_tokens, *self._sandbox.globals}
+        return frozenset(self._variables - ours)
+
     @classmethod
     def load(cls, folder: str | Path, tokenizer: Tokenizer) -> "ChatTemplate":
         """chat_template.jinja, else `chat_template` in tokenizer_config.json (a list of named ones: the one named

@@ -67,6 +67,32 @@ def check_turns(messages: Any) -> None:
         raise ChatError(problem, param=f"messages[{last}].role", index=last)
 
 
+def text_bytes(messages: Any) -> int:
+    """UTF-8 bytes of the text that `messages` put into a prompt at the least, white space that a template trims apart.
+
+    Earlier reasoning may be dropped, so it counts as much as its longest piece, which was once written in one context.
+    Never raises: what is no message at all counts nothing.
+    """
+    kept = longest = 0
+    for message in messages if isinstance(messages, Sequence) else ():
+        if not isinstance(message, Mapping):
+            continue
+        content = message.get("content")
+        parts = content if isinstance(content, (list, tuple)) else [{"text": content}]
+        for text in (part.get("text") for part in parts if isinstance(part, Mapping)):
+            answer = text
+            if isinstance(text, str) and message.get("role") == "assistant":
+                reasoning, _, answer = text.rpartition(CLOSE_THINK)
+                longest = max(longest, _size(reasoning))
+            kept += _size(answer)
+        longest = max(longest, _size(message.get("reasoning_content")), _size(message.get("reasoning")))
+    return max(kept, longest)
+
+
+def _size(text: Any) -> int:
+    return len(text.encode(errors="replace")) if isinstance(text, str) else 0
+
+
 def _stray_context(index: int) -> ChatError:
     return ChatError("must stand directly before a user message", param=f"messages[{index}]", index=index)
 

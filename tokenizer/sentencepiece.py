@@ -44,7 +44,12 @@ def load_sentencepiece(path: Path, settings: TextSettings) -> MarkedTokenizer:
         return ids
 
     return MarkedTokenizer(
-        plain, _pieces(model, markers), markers, settings, strips_leading_space=_adds_dummy_prefix(data)
+        plain,
+        _pieces(model, markers),
+        markers,
+        settings,
+        strips_leading_space=_adds_dummy_prefix(data),
+        exact=_spells_exactly(data),
     )
 
 
@@ -53,6 +58,12 @@ def _check_supported(data: bytes) -> None:
         raise TokenizerError("trainer_spec.treat_whitespace_as_suffix is not supported")
     if proto.message(data, 5).get(2):
         raise TokenizerError("denormalizer_spec is not supported")
+
+
+def _spells_exactly(data: bytes) -> bool:
+    """Whether no character map and no trimming changes a text first, and bytes spell what no piece does."""
+    normaliser = proto.message(data, 3)
+    return not normaliser.get(2) and not normaliser.get(4, 1) and bool(proto.message(data, 2).get(35, 0))
 
 
 def _adds_dummy_prefix(data: bytes) -> bool:

@@ -6,11 +6,12 @@ not depend on how the text was cut into pieces, and never has to look beyond the
 
 from collections import deque
 from collections.abc import Sequence
-from functools import lru_cache
 
 
 class StopMatcher:
-    """The automaton of one set of stop strings; immutable, its state is an int held by the caller (0 at the start).
+    """The automaton of one set of stop strings, for all choices of a request. Raises ValueError for an empty one.
+
+    It is immutable: its state is an int held by the caller (0 at the start).
 
     A state stands for the longest suffix of the text that is a proper prefix of some stop: `depth[state]` characters,
     which may not be shown yet.
@@ -67,9 +68,3 @@ class StopMatcher:
             if match is not None:
                 return 0, match, position + 1
         return state, None, len(text)
-
-
-@lru_cache(maxsize=64)
-def stop_matcher(stops: tuple[str, ...]) -> StopMatcher:
-    """The automaton for `stops`, shared by all choices of a request. Raises ValueError for an empty stop string."""
-    return StopMatcher(stops)

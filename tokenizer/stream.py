@@ -14,12 +14,12 @@ prompt, so a space at its front is a space.
 """
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from headrace.tokenizer.base import Tokenizer
 from headrace.tokenizer.markers import CLOSE_THINK, OPEN_THINK
-from headrace.tokenizer.stops import StopMatcher, stop_matcher
+from headrace.tokenizer.stops import StopMatcher
 
 Channel = Literal["reasoning", "content"]
 REASONING: Channel = "reasoning"
@@ -46,12 +46,12 @@ class TextStream:
         self,
         tokenizer: Tokenizer,
         *,
-        stop: Sequence[str] = (),
+        stop: StopMatcher | None = None,
         raw: bool = False,
         eos_ids: Iterable[int] | None = None,
         at_start: bool = False,
     ) -> None:
-        """`eos_ids`: the tokenizer's own where None. Raises ValueError for an empty stop string."""
+        """`eos_ids`: the tokenizer's own where None."""
         self.stop_string: str | None = None
         self._text_of = tokenizer.token_text
         self._bytes_of = tokenizer.token_bytes
@@ -66,7 +66,7 @@ class TextStream:
         self._partial_tokens: list[int] = []  # whose bytes these are
         self._queue: list[tuple[Channel, str, Starts]] = []  # decoded, not yet shown
         self._reasoning = _Reasoning()
-        self._content = _Content(stop_matcher(tuple(stop)) if stop else None, strip=not raw)
+        self._content = _Content(stop, strip=not raw)
 
     def push(self, token_id: int, reasoning: bool) -> Piece | None:
         """Takes one token, decided in the reasoning channel or not; returns the text that can be shown now, if any."""

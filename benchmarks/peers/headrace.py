@@ -5,26 +5,43 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
-from benchmarks.peers.peer import AVX2, PythonPeer
+from benchmarks.peers.peer import AVX2, PythonPeer, run
 from benchmarks.peers.workload import Generate, Job
+
+FORMATS = ("bf16", "nvfp4")
+"""nvfp4: what ``headrace quantize`` makes, experts in NVFP4, most other large matrices in FP8, the rest as it was."""
+
+
+class Headrace(PythonPeer):
+    """This checkout, in the environment that runs the comparison."""
+
+    def prepare(self, checkpoint: Path, format: str) -> Path:
+        if format == "bf16":
+            return checkpoint
+        out = checkpoint.with_name(f"{checkpoint.name}-{format}")
+        if not out.exists():
+            part = out.with_name(f"part-{out.name}")
+            script = "import sys; from headrace.engine.cli import main; sys.exit(main())"
+            run([self.python, "-c", script, "quantize", checkpoint, part, "--format", format])
+            part.rename(out)
+        return out
 
 
 def peer(isa: str, backend: str) -> PythonPeer:
-    """This checkout, in the environment that runs the comparison, with activations in fp32."""
+    """Headrace as it comes, with activations in fp32."""
     options = {"backend": backend}
     if isa == "avx2" and backend in ("auto", "native"):
         options["instructions"] = "avx2"
-    return PythonPeer(
-        "headrace", ("bf16",), ("torch",), environment=AVX2 if isa == "avx2" else {}, options=options
-    )  # fmt: skip
+    return Headrace("headrace", FORMATS, ("torch",), environment=AVX2 if isa == "avx2" else {}, options=options)
 
 
 def rounding_peer(isa: str) -> PythonPeer:
     """The same with activations rounded to bfloat16 before each product, as llama.cpp and vLLM have them."""
     instructions = "avx512_bf16" if isa == "native" else isa
     options = {"backend": "native", "instructions": instructions}
-    return PythonPeer("headrace-bf16", ("bf16",) if isa == "native" else (), ("torch",), options=options)
+    return Headrace("headrace-bf16", ("bf16",) if isa == "native" else (), ("torch",), options=options)
 
 
 def imports() -> None:

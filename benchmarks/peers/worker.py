@@ -24,6 +24,7 @@ OPENERS = {
 }
 """Peer -> the module whose ``opened(job)`` is a context manager that gives a Generate."""
 
+
 def read_once(folder: Path) -> tuple[int, float]:
     """Bytes of the weights' files, and the seconds to read them into new memory: the least that a loader does."""
     held, start = [], time.perf_counter()

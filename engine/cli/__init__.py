@@ -1,4 +1,4 @@
-"""The command line: ``headrace chat | generate | serve | inspect | bench``.
+"""The command line: ``headrace chat | generate | serve | inspect | plan | quantize | bench``.
 
 Nothing heavy is imported before a command runs.
 """
@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from headrace.engine.cli import bench, chat, generate, inspect, serve
+from headrace.engine.cli import bench, chat, generate, inspect, plan, quantize, serve
 from headrace.engine.cli.common import UserError
 
 INTERRUPTED = 130
@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (chat.chat, generate.generate, serve.serve, inspect.inspect, bench.bench):
+for _command in (chat.chat, generate.generate, serve.serve, inspect.inspect, plan.plan, quantize.quantize, bench.bench):
     app.command()(_command)
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from headrace.engine.config import LayerKind, ModelConfig
 from headrace.engine.model.batch import Caches
 from headrace.engine.model.weights.files import INDEX, SINGLE, list_tensors
-from headrace.engine.model.weights.names import memory_shapes
+from headrace.engine.model.weights.header import DTYPES
+from headrace.engine.model.weights.names import memory_shapes, places
 from headrace.engine.run.memory import unit_bytes
 
-ASSUMED_BYTES = 2
-"""Per parameter, where there are no files to look at: bf16."""
+PUBLISHED_IN_FP32 = ("e_score_correction_bias", ".k_scale", ".v_scale")
+"""Of the tensors that may have any float format; the others are published in bf16."""
 
 EMBEDDING, HEAD, EXPERTS, MTP = "embedding", "output head", "routed experts", "MTP module"
 _LAYERS = {
@@ -76,14 +77,26 @@ def take_census(folder: Path, config: ModelConfig) -> Census:
     for name, shape in memory_shapes(config).items():
         part = _part(name, config)
         parameters[part] = parameters.get(part, 0) + prod(shape)
-    stored = _stored_bytes(folder, config) if (folder / SINGLE).exists() or (folder / INDEX).exists() else None
+    there = (folder / SINGLE).exists() or (folder / INDEX).exists()
+    stored = _stored_bytes(folder, config) if there else _expected_bytes(config)
     parts = tuple(
-        Part(name, _layers(name, config), count, ASSUMED_BYTES * count if stored is None else stored.get(name, 0),
-             _used(name, config))
+        Part(name, _layers(name, config), count, stored.get(name, 0), _used(name, config))
         for name, count in parameters.items()
-    )  # fmt: skip
+    )
     kv_bytes, state_bytes = unit_bytes(Caches.allocate(config, 1, 1, 1, device="meta"))
-    return Census(parts, stored is None, kv_bytes, state_bytes)
+    return Census(parts, not there, kv_bytes, state_bytes)
+
+
+def _expected_bytes(config: ModelConfig) -> dict[str, int]:
+    """By part, of the files that the configuration describes, as they would be published."""
+    expected: dict[str, int] = {}
+    for name, place in places(config).items():
+        [kind, *others] = place.dtypes
+        if others:
+            kind = "F32" if name.endswith(PUBLISHED_IN_FP32) else "BF16"
+        part = _part(name, config)
+        expected[part] = expected.get(part, 0) + prod(place.shape) * DTYPES[kind].itemsize
+    return expected
 
 
 def _stored_bytes(folder: Path, config: ModelConfig) -> dict[str, int]:

@@ -32,6 +32,9 @@ A setting without a value shows it. Ctrl-C stops an answer."""
 def chat(
     model: options.Model = None,
     device: options.Device = "cpu",
+    backend: options.Backend = "auto",
+    threads: options.Threads = None,
+    instructions: options.Instructions = "auto",
     system: options.System = None,
     effort: options.Effort = "high",
     budget: options.Budget = 16384,
@@ -53,7 +56,8 @@ def chat(
         )
     except RequestError as error:
         raise UserError(str(error)) from error
-    with open_engine(model, engine_config(device=device)) as engine:
+    config = engine_config(device=device, backend=backend, threads=threads, instructions=instructions)
+    with open_engine(model, config) as engine:
         conversation = Conversation(engine, params, ChatOptions(reasoning_effort=effort), system)
         if sys.stdin.isatty():
             _interactive(conversation)

@@ -19,6 +19,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question, or - to read it from stdin.")],
     model: options.Model = None,
     device: options.Device = "cpu",
+    backend: options.Backend = "auto",
+    threads: options.Threads = None,
+    instructions: options.Instructions = "auto",
     system: options.System = None,
     raw: options.Raw = False,
     effort: options.Effort = "high",
@@ -42,6 +45,7 @@ def generate(
         raise UserError("--logprobs and --top-logprobs need --json")
     if raw and system is not None:
         raise UserError("--system has no place in a --raw prompt")
+    config = engine_config(device=device, backend=backend, threads=threads, instructions=instructions)
     try:
         params = SamplingParams(
             temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, stop=tuple(stop or ()), n=n,
@@ -50,7 +54,7 @@ def generate(
         )  # fmt: skip
         text = sys.stdin.read() if prompt == "-" else prompt
         with (
-            open_engine(model, engine_config(device=device)) as engine,
+            open_engine(model, config) as engine,
             _start(engine, text, system, raw, params, ChatOptions(effort)) as stream,
         ):
             _show(engine, stream, params, as_json=as_json, answer_only=answer_only)

@@ -1,4 +1,7 @@
-"""The options of a request, with the words that ``--help`` says about them. Their ranges are the engine's to check."""
+"""The options of an engine and of a request, with the words that ``--help`` says about them.
+
+Their ranges are the engine's to check.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,48 @@ from typing import Annotated, Literal
 import typer
 
 SAMPLING, REASONING, OUTPUT = "Sampling", "Reasoning", "Output"
+KERNELS, ENGINE = "Kernels", "Engine"
 
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder of a checkpoint.", show_default="the embedded model")
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu (native kernels), or cuda, cuda:N (Triton kernels).")]
+Backend = Annotated[
+    Literal["auto", "reference", "native", "triton"],
+    typer.Option("--backend", help="Kernels; auto: the device's own.", rich_help_panel=KERNELS),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", help="Of the native kernels.", show_default="one per core", rich_help_panel=KERNELS, min=1
+    ),
+]
+Instructions = Annotated[
+    Literal["auto", "portable", "avx2", "avx512", "avx512_bf16"],
+    typer.Option(
+        "--instructions",
+        help="Of the native kernels; avx512_bf16 rounds activations, the others give the same tokens.",
+        rich_help_panel=KERNELS,
+    ),
+]
+MaxSequences = Annotated[
+    int | None,
+    typer.Option("--max-sequences", help="Answers generated together.", show_default="64", rich_help_panel=ENGINE),
+]
+MaxWaiting = Annotated[
+    int | None,
+    typer.Option("--max-waiting", help="Answers that may queue.", show_default="1024", rich_help_panel=ENGINE),
+]
+MaxContext = Annotated[
+    int | None,
+    typer.Option(
+        "--max-context", help="Tokens per conversation.", show_default="the model's limit", rich_help_panel=ENGINE
+    ),
+]
+KvDtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "fp8"],
+    typer.Option("--kv-dtype", help="Of keys and values; auto: as the checkpoint asks.", rich_help_panel=ENGINE),
+]
 System = Annotated[str | None, typer.Option("--system", help="System message.", show_default=False)]
 
 Effort = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -13,18 +14,21 @@ import typer
 
 from headrace.engine.cli import options
 from headrace.engine.cli.common import UserError, engine_config, load_engine
+from headrace.engine.cli.startup import loading_plan, serving_plan
 
 if TYPE_CHECKING:
     from headrace.engine import Engine, EngineConfig
     from headrace.engine.serve.run import DrainingServer
 
 KEY_VARIABLE = "HEADRACE_API_KEY"
-ENGINE = "Engine"
 
 
 def serve(
     model: options.Model = None,
     device: options.Device = "cpu",
+    backend: options.Backend = "auto",
+    threads: options.Threads = None,
+    instructions: options.Instructions = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on; without keys only a loopback one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     profile: Annotated[
@@ -45,38 +49,39 @@ def serve(
         Literal["error", "warning", "info", "debug"],
         typer.Option(help="What to log, on stderr; info has a line for every request."),
     ] = "warning",
-    max_sequences: Annotated[
-        int | None, typer.Option(help="Answers generated together.", show_default="64", rich_help_panel=ENGINE)
-    ] = None,
-    max_waiting: Annotated[
-        int | None, typer.Option(help="Answers that may queue.", show_default="1024", rich_help_panel=ENGINE)
-    ] = None,
-    max_context: Annotated[
-        int | None,
-        typer.Option(help="Tokens per conversation.", show_default="the model's limit", rich_help_panel=ENGINE),
-    ] = None,
+    max_sequences: options.MaxSequences = None,
+    max_waiting: options.MaxWaiting = None,
+    max_context: options.MaxContext = None,
+    kv_dtype: options.KvDtype = "auto",
 ) -> None:
-    """Serve the model over HTTP, for any OpenAI client.
+    """Serve the model over HTTP, for any OpenAI client. What it sets aside is said on stderr before it serves.
 
     SIGTERM or Ctrl-C: new requests get 503, running answers finish, then the server ends. A second one ends at once.
     If the engine fails for good, the server says so for a few seconds and ends with status 1.
     """
+    # Read once, when torch loads OpenMP: its threads, idle between two ops, are not to spin beside the event loop.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from headrace.engine.serve.app import create_app
     from headrace.engine.serve.profiles import PROFILES
     from headrace.engine.serve.run import DrainingServer, url_of
 
-    config = engine_config(device=device, max_sequences=max_sequences, max_waiting=max_waiting, max_context=max_context)
+    config = engine_config(
+        device=device, backend=backend, threads=threads, instructions=instructions, max_sequences=max_sequences,
+        max_waiting=max_waiting, max_context=max_context, kv_dtype=kv_dtype,
+    )  # fmt: skip
     keys = _keys(api_key_file)
     listener = _listener(host, port, keys)
     # The port is open while the model loads: health checks see 503 with Retry-After instead of nothing.
     app = create_app(None, profile=PROFILES[profile], keys=keys, served_name=served_model_name)
     server = DrainingServer(app, drain_seconds=drain_seconds, log_level=log_level)
-    loading = Loading(server, model, config, f"{url_of(listener)}/v1 (profile {profile})")
+    loading = Loading(server, model, config, url_of(listener), profile)
     loading.start()
     try:
         server.run(sockets=[listener])
-    finally:
-        loading.close()
+    except BaseException:
+        loading.close(status=1)
+        raise
+    loading.close()
     if loading.error is not None:
         raise loading.error
     if server.service.fault is not None:  # whoever watches the process starts it anew
@@ -87,40 +92,56 @@ def serve(
 class Loading(threading.Thread):
     """Loads the engine beside the server, and ends the server if that fails."""
 
-    def __init__(self, server: DrainingServer, model: str | None, config: EngineConfig, where: str) -> None:
+    def __init__(
+        self, server: DrainingServer, model: str | None, config: EngineConfig, where: str, profile: str
+    ) -> None:
         super().__init__(name="headrace-load", daemon=True)
         self._server = server
         self._model = model
         self._config = config
-        self._where = where
+        self._where, self._profile = where, profile
         self._engine: Engine | None = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
         """Thread body."""
         try:
-            self._engine = load_engine(self._model, self._config)
+            self._engine = self._load()
         except BaseException as error:
             self.error = error
             self._server.should_exit = True
             return
+        gc.collect()
+        gc.freeze()  # what has been loaded stays: collections need not look at it again and again
         self._server.service.attach(self._engine)
         self._server.up.wait()
-        print(
-            f"headrace: serving {self._server.service.name_of(self._engine)} at {self._where}",
-            file=sys.stderr,
-            flush=True,
-        )
+        name = self._server.service.name_of(self._engine)
+        tell([f"console  {self._where}/", f"serving {name} at {self._where}/v1 (profile {self._profile})"])
 
-    def close(self) -> None:
-        """Close the engine. If it is still being loaded the process ends here, with status 0."""
+    def _load(self) -> Engine:
+        try:
+            tell(loading_plan(self._model, self._config))
+        except (ValueError, OSError) as error:
+            raise UserError(str(error)) from error
+        engine = load_engine(self._model, self._config)
+        tell(serving_plan(engine))
+        return engine
+
+    def close(self, status: int = 0) -> None:
+        """Close the engine. If it is still being loaded the process ends here, with this status."""
         if self.is_alive():
             # Libraries that are being imported or reading files do not survive the interpreter's orderly end.
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(0)
+            os._exit(status)
         if self._engine is not None:
             self._engine.close()
+
+
+def tell(lines: list[str]) -> None:
+    """Say what the server is about to do, or does, to whoever started it."""
+    for line in lines:
+        print(f"headrace: {line}", file=sys.stderr, flush=True)
 
 
 def _listener(host: str, port: int, keys: list[str]) -> socket.socket:

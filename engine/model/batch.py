@@ -58,8 +58,12 @@ class Caches:
         page_size: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
     ) -> Caches:
-        """Zeroed caches. ``dtype`` is that of keys, values and convolution inputs; states are always fp32."""
+        """Zeroed caches. ``dtype`` is that of convolution inputs, and of keys and values but for ``kv_dtype``.
+
+        States are always fp32.
+        """
         pages: tuple[int, ...] = ()
         if config.attention:
             pages = (num_pages, page_size, config.attention.num_kv_heads, config.attention.head_dim)
@@ -73,8 +77,8 @@ class Caches:
             return tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.count(kind)))
 
         return cls(
-            keys=layers(LayerKind.ATTENTION, pages, dtype),
-            values=layers(LayerKind.ATTENTION, pages, dtype),
+            keys=layers(LayerKind.ATTENTION, pages, kv_dtype or dtype),
+            values=layers(LayerKind.ATTENTION, pages, kv_dtype or dtype),
             conv=layers(LayerKind.MAMBA, conv, dtype),
             ssm=layers(LayerKind.MAMBA, ssm, torch.float32),
         )

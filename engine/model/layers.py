@@ -3,43 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headrace.kernels import Kernels
+from headrace.kernels.formats import Weight, format_of
 from headrace.kernels.norm import Norm
 
 Weights = Mapping[str, Any]
-"""Tensors by name, as ``weights.names`` lists them; a layer's experts may be any ``kernels.moe.Matrices``.
+"""Weights by name, as ``weights.names`` lists them; a layer's experts may be any ``kernels.moe.Matrices``.
 
 Each is asked for once, so that a checkpoint can be read as the model is built from it.
 """
 
 
 class Linear:
-    """y = residual + f(norm(x)) W^T + b, the weight packed for the backend.
+    """y = residual + f(norm(x)) W^T + b, the weights packed for the backend.
 
     Several names are one projection: their outputs side by side (``dim`` 0), or their inputs (``dim`` 1, outputs
-    summed). One launch then reads them all.
+    summed). One launch then reads all that lie together and are stored alike; where formats meet, there is another.
     """
 
     def __init__(self, kernels: Kernels, weights: Weights, *names: str, dim: int = 0) -> None:
-        self._linear = kernels.linear
-        parts = [weights[f"{name}.weight"] for name in names]
-        self.sizes = [part.shape[0] for part in parts]
-        self._packed = kernels.pack_linear(parts, self._bias(weights, names, dim), dim=dim)
-
-    def _bias(self, weights: Weights, names: tuple[str, ...], dim: int) -> Tensor | None:
-        biases = [weights.get(f"{name}.bias") for name in names]
-        if all(bias is None for bias in biases):
-            return None
-        zeros = weights[f"{names[0]}.weight"].new_zeros
-        filled = [
-            (zeros(size) if bias is None else bias).float() for bias, size in zip(biases, self.sizes, strict=True)
-        ]
-        return torch.cat(filled) if dim == 0 else torch.stack(filled).sum(0)
+        self._linear, self._dim = kernels.linear, dim
+        self._packed: list[Any] = []
+        self._sizes: list[list[int]] = []  # outputs of each name, packed weight by packed weight
+        pairs = ((name, weights[f"{name}.weight"]) for name in names)
+        for kind, run in groupby(pairs, key=lambda pair: _kind(pair[1], dim)):
+            named = dict(run)
+            # The products of quantised weights each have a scale of their own: they can stand side by side only.
+            alone = dim == 1 and kind != "float"
+            for part in [{name: weight} for name, weight in named.items()] if alone else [named]:
+                parts = list(part.values())
+                self._sizes.append([weight.shape[0] for weight in parts])
+                self._packed.append(kernels.pack_linear(parts, _bias(weights, part, dim), dim=dim))
 
     def __call__(
         self,
@@ -49,9 +49,45 @@ class Linear:
         relu2: bool = False,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """x [T, in] (or two, the columns of one after the other's) -> [T, out]; see ``kernels.linear``."""
-        y: Tensor = self._linear(x, self._packed, norm=norm, relu2=relu2, residual=residual)
-        return y
+        """x [T, in] (or two, the columns of one after the other's) -> [T, out]; see ``kernels.linear``.
+
+        With ``dim`` 1 and two names, x are the two inputs, and there is no norm. Of several names with ``dim`` 0 the
+        outputs come from ``parts``.
+        """
+        if len(self._packed) == 1:
+            y: Tensor = self._linear(x, self._packed[0], norm=norm, relu2=relu2, residual=residual)
+            return y
+        # Two weights with an input each: what one gives, the other adds to. relu2 is the second input's.
+        assert self._dim == 1 and norm is None and isinstance(x, tuple), "outputs side by side: see parts"
+        first: Tensor = self._linear(x[0], self._packed[0], residual=residual)
+        second: Tensor = self._linear(x[1], self._packed[1], relu2=relu2, residual=first)
+        return second
+
+    def parts(self, x: Tensor, *, norm: Norm | None = None) -> list[Tensor]:
+        """x [T, in] -> each name's outputs [T, out] (views; rows strided as they come), with ``dim`` 0."""
+        return [
+            part
+            for packed, sizes in zip(self._packed, self._sizes, strict=True)
+            for part in torch.split(self._linear(x, packed, norm=norm), sizes, 1)
+        ]
+
+
+def _kind(weight: Weight, dim: int) -> object:
+    """What weights of one launch have in common: the format, and side by side a float's dtype, to widen none."""
+    form = format_of(weight)
+    return (form, weight.dtype) if dim == 0 and form == "float" else form
+
+
+def _bias(weights: Weights, parts: dict[str, Weight], dim: int) -> Tensor | None:
+    """Of the packed weight, [N] fp32: zeros where a part has none, the sum where parts are summed."""
+    biases = [weights.get(f"{name}.bias") for name in parts]
+    if all(bias is None for bias in biases):
+        return None
+    filled = [
+        torch.zeros(part.shape[0], device=part.device) if bias is None else bias.float()
+        for bias, part in zip(biases, parts.values(), strict=True)
+    ]
+    return torch.cat(filled) if dim == 0 else torch.stack(filled).sum(0)
 
 
 class Embedding:

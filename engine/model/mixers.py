@@ -7,12 +7,13 @@ what is done row by row is done for all rows at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from headrace.engine.config import AttentionConfig, LayerKind, MambaConfig, ModelConfig, MoEConfig
+from headrace.engine.config import AttentionConfig, ConfigError, LayerKind, MambaConfig, ModelConfig, MoEConfig
 from headrace.engine.model.batch import Batch, Caches
 from headrace.engine.model.layers import Linear, Weights, load_norm
 from headrace.kernels import Kernels
@@ -83,13 +84,16 @@ class AttentionLayer:
         self.scale = config.head_dim**-0.5
         self.qkv_proj = Linear(kernels, weights, f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
         self.o_proj = Linear(kernels, weights, f"{name}.o_proj")
+        self.kv_scales = _kv_scale(weights, f"{name}.k_proj.k_scale"), _kv_scale(weights, f"{name}.v_proj.v_scale")
 
     def __call__(self, x: Tensor, batch: Batch, caches: Caches) -> Tensor:
-        pages, table, scale = Pages(caches.keys[self.index], caches.values[self.index]), batch.page_table, self.scale
+        keys, values = caches.keys[self.index], caches.values[self.index]
+        # The scales were found for fp8; a wider cache has no use for them.
+        pages = Pages(keys, values, *(self.kv_scales if keys.dtype == torch.float8_e4m3fn else ()))
+        table, scale = batch.page_table, self.scale
         width = self.config.head_dim
         q, k, v = (
-            part.view(part.shape[0], part.shape[1] // width, width)
-            for part in torch.split(self.qkv_proj(x, norm=self.norm), self.qkv_proj.sizes, 1)
+            part.view(part.shape[0], part.shape[1] // width, width) for part in self.qkv_proj.parts(x, norm=self.norm)
         )
         parts = []
         if end := batch.num_decodes:
@@ -102,11 +106,19 @@ class AttentionLayer:
         return self.o_proj(joined(parts).flatten(1), residual=x)
 
 
+def _kv_scale(weights: Weights, name: str) -> float:
+    """What cached keys or values are divided by; 1 where the checkpoint has none."""
+    scale = 1.0 if (stored := weights.get(name)) is None else float(stored)
+    if not 0 < scale < math.inf:
+        raise ConfigError(f"{name} must be a finite number > 0, got {scale}")
+    return scale
+
+
 class MoELayer:
     """Routed experts, in a latent space if the model has one, plus the shared expert on the full hidden state.
 
-    Router, way into the latent space and shared expert read the same rows, so they are one projection where their
-    weights have one dtype; the way back and the shared expert's second half are one sum.
+    Router, way into the latent space and shared expert read the same rows, so they are one projection; the way back
+    and the shared expert's second half are one sum.
     """
 
     def __init__(self, config: MoEConfig, norm: Norm, kernels: Kernels, weights: Weights, name: str) -> None:
@@ -114,27 +126,16 @@ class MoELayer:
         self.routing = Routing(config.top_k, config.num_groups, config.topk_groups, config.normalise, config.scale)
         self.selection_bias = weights[f"{name}.gate.e_score_correction_bias"].float()
         self.experts = kernels.pack_experts(weights[f"{name}.experts.up_proj"], weights[f"{name}.experts.down_proj"])
-        first = [f"{name}.gate", f"{name}.shared_experts.up_proj"]
-        last = [f"{name}.shared_experts.down_proj"]
-        if self.latent:
-            first.append(f"{name}.fc1_latent_proj")
-            last.insert(0, f"{name}.fc2_latent_proj")
-        names = [f"{part}.{kind}" for part in first for kind in ("weight", "bias")]
-        read = {part: weights[part] for part in names if part in weights}
-        if len({read[f"{part}.weight"].dtype for part in first}) == 1:
-            self.first = [Linear(kernels, read, *first)]
-        else:
-            self.first = [Linear(kernels, read, part) for part in first]
-        self.last = Linear(kernels, weights, *last, dim=1)
+        # The latent projections are rarely quantised, nor is the router: side by side they are one launch.
+        latent = [f"{name}.fc1_latent_proj"] if self.latent else []
+        self.first = Linear(kernels, weights, f"{name}.gate", *latent, f"{name}.shared_experts.up_proj")
+        back = [f"{name}.fc2_latent_proj"] if self.latent else []
+        self.last = Linear(kernels, weights, *back, f"{name}.shared_experts.down_proj", dim=1)
 
     def __call__(self, x: Tensor, batch: Batch, caches: Caches) -> Tensor:
         # Without a latent space the experts read the normed rows themselves, and add the residual.
         normed, norm = (x, self.norm) if self.latent else (self.kernels.rms_norm(x, self.norm), None)
-        logits, shared, *inner = (
-            part
-            for projection in self.first
-            for part in torch.split(projection(normed, norm=norm), projection.sizes, 1)
-        )
+        logits, *inner, shared = self.first.parts(normed, norm=norm)
         routes = self.kernels.route(logits, self.selection_bias, self.routing)
         if self.latent:
             y = self.kernels.experts(inner[0], self.experts, routes)

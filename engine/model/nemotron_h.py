@@ -11,7 +11,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from headrace.engine.config import LayerKind, ModelConfig
+from headrace.engine.config import ConfigError, LayerKind, ModelConfig
 from headrace.engine.model.batch import Batch, Caches
 from headrace.engine.model.layers import Embedding, Linear, Weights, load_norm
 from headrace.engine.model.mixers import Layer, make_layer
@@ -20,10 +20,20 @@ from headrace.kernels import Kernels, select
 
 
 class NemotronH:
-    """The decoder. ``weights`` holds the tensors that ``weights.names`` lists for ``config``."""
+    """The decoder. ``weights`` holds what ``weights.names`` lists for ``config``.
+
+    Raises ConfigError if the kernels do not take the checkpoint's weight formats.
+    """
 
     def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels | None = None) -> None:
         self.kernels = kernels = kernels or select()
+        formats = config.quantization.formats if config.quantization else frozenset()
+        if missing := sorted(formats - kernels.formats):
+            taken = ", ".join(sorted(kernels.formats))
+            raise ConfigError(
+                f"the checkpoint has {' and '.join(missing)} weights, these kernels take {taken}; "
+                "backend 'reference' takes all"
+            )
         self.config = config
         self.embeddings = Embedding(kernels, weights, "embeddings")
         seen: Counter[LayerKind] = Counter()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from headrace.engine.model.batch import Caches
@@ -42,9 +44,21 @@ CACHE_SHARE = {"cpu": 0.25, "cuda": 0.85}
 """Of the available memory, what the pages may take unless told: a CPU's is shared with all else, a GPU's is ours."""
 
 
+class Memory(Protocol):
+    """What sizing asks of a ``Device``, or of one that is only planned for."""
+
+    @property
+    def cuda(self) -> bool: ...
+
+    @property
+    def torch(self) -> torch.device: ...
+
+    def available_bytes(self) -> int: ...
+
+
 def plan_caches(
     one: Caches,
-    device: Device,
+    device: Memory,
     *,
     num_slots: int,
     page_size: int,
@@ -68,7 +82,7 @@ def plan_caches(
     if state_bytes > available // 2:
         raise ValueError(
             f"max_sequences {num_slots} needs {state_bytes:,} bytes of state{beside}; half of the available memory "
-            f"holds {available // 2 // slot_bytes}"
+            f"holds {max(0, available // 2 // slot_bytes - padding)}"
         )
     if max_context is not None and max_context > model_context:
         raise ValueError(f"max_context {max_context} is more than the model's {model_context}")

@@ -13,14 +13,25 @@ from urllib.parse import urlsplit
 from headrace.engine.serve.errors import ApiError
 
 PUBLIC_PATHS = frozenset({"/health/live", "/health/ready", "/openapi.json"})
-"""What needs no key: it tells nothing that the documentation does not, and a page has to ask for the key first."""
+"""What needs no key beside the console's files: it tells nothing that the documentation does not."""
+
+SAFE_HEADERS = {
+    "cache-control": "no-store",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+}
+"""On every response that does not set its own (the console does): no page, and nothing for another site's."""
 
 
 class Access:
     """The keys of a server. Without any, only programs on this machine may use it."""
 
-    def __init__(self, keys: Iterable[str] = ()) -> None:
+    def __init__(self, keys: Iterable[str] = (), public: frozenset[str] = PUBLIC_PATHS) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._public = public
 
     @property
     def has_keys(self) -> bool:
@@ -32,7 +43,7 @@ class Access:
 
         Raises ApiError: 401, or at a server without keys 403 for what a web page of another host has sent.
         """
-        if path in PUBLIC_PATHS:
+        if path in self._public:
             return 0
         if not self._digests:
             _check_browser(headers)

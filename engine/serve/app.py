@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -15,25 +14,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headrace.engine.serve.access import Access
+from headrace.engine.errors import trace
+from headrace.engine.serve import console
+from headrace.engine.serve.access import PUBLIC_PATHS, SAFE_HEADERS, Access
 from headrace.engine.serve.endpoints import Endpoints
-from headrace.engine.serve.errors import ApiError, internal, trace
-from headrace.engine.serve.history import MAX_AGENT, MAX_PATH, Record, access_log
+from headrace.engine.serve.errors import ApiError, internal
+from headrace.engine.serve.history import MAX_AGENT, MAX_PATH, Record, new_id
+from headrace.engine.serve.incoming import MAX_BODY_BYTES
 from headrace.engine.serve.profiles import NIM, Profile
-from headrace.engine.serve.service import MAX_BODY_BYTES, Service
+from headrace.engine.serve.service import STALL_SECONDS, Service
 
 if TYPE_CHECKING:
     from headrace.engine import Engine
-
-SAFE_HEADERS = {
-    "cache-control": "no-store",
-    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
-    "cross-origin-resource-policy": "same-origin",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-}
-"""On every response that does not set its own: nothing here is a page, and nothing is for another site's."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +37,19 @@ def create_app(
     keys: Iterable[str] = (),
     served_name: str | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    stall_seconds: float = STALL_SECONDS,
 ) -> Starlette:
     """The application around an engine; ``app.state.service`` is its Service.
 
-    With engine None the server answers 503 until ``service.attach(engine)``. The caller closes the engine.
+    With engine None the server answers 503 until ``service.attach(engine)``. The caller closes the engine. A step that
+    takes longer than ``stall_seconds`` makes ``/health/live`` say that only a restart would help.
     """
-    service = Service(engine, profile, Access(keys), served_name, max_body_bytes)
-    routes = Endpoints(service).routes()
+    pages = console.routes()
+    access = Access(keys, PUBLIC_PATHS | {page.path for page in pages})
+    service = Service(engine, profile, access, served_name, max_body_bytes, stall_seconds)
+    routes = Endpoints(service).routes() + pages
     handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error}
-    paths = frozenset(route.path for route in routes)
+    paths = {route.endpoint: route.path.replace(":path}", "}") for route in routes}
     front = Middleware(FrontDoor, service=service, paths=paths)
     app = Starlette(routes=routes, exception_handlers=handlers, middleware=[front])
     app.router.redirect_slashes = False
@@ -64,7 +60,7 @@ def create_app(
 class FrontDoor:
     """Around every request: its id, the keys, the record of it, and an answer even to a bug."""
 
-    def __init__(self, app: ASGIApp, service: Service, paths: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, service: Service, paths: Mapping[Any, str]) -> None:
         self._app = app
         self._service = service
         self._paths = paths
@@ -89,7 +85,10 @@ class FrontDoor:
         try:
             await self._answer(record, scope, receive, send_with_headers)
         finally:
-            self._close(record)
+            # What the keys refuse has no endpoint yet; its path still counts if it is one of ours.
+            endpoint, path = scope.get("endpoint"), record.path
+            known = self._paths.get(endpoint) or (path if path in self._paths.values() else None)
+            self._service.answered(record, known)
 
     async def _answer(self, record: Record, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -105,21 +104,12 @@ class FrontDoor:
             if not record.status:
                 await _respond(internal(), record)(scope, receive, send)
 
-    def _close(self, record: Record) -> None:
-        record.close()
-        access_log.info("%s", record.line())
-        if record.generates:
-            self._service.history.add(record)
-        if self._service.loaded:
-            path = record.path if record.path in self._paths else "other"
-            self._service.metrics.answered(path, record.status)
-
 
 def _record(scope: Scope) -> Record:
     agent = dict(scope["headers"]).get(b"user-agent", b"").decode("latin-1")
     client = scope.get("client")
     return Record(
-        id=f"req-{uuid.uuid4().hex}",
+        id=new_id(),
         method=scope["method"],
         path=scope["path"][:MAX_PATH],
         agent=agent[:MAX_AGENT],

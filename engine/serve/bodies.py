@@ -5,7 +5,8 @@ A form (chat_form.py, text_form.py) says how one path writes its choices; what b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +20,12 @@ LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON has no number for (the value OpenAI uses)."""
 
 Json = dict[str, Any]
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+_SLICE = 64
+"""Items of a list that are dumped at once."""
+_NESTING = 4
+"""Levels down to the lists that can be long: body, choices, choice, logprobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +110,10 @@ class Tally:
         self._n = n
         self._prompts: dict[int, Usage] = {}
 
-    def add(self, event: Finished) -> None:
-        """Count a choice that has ended."""
-        prompt = event.index // self._n
-        self._prompts[prompt] = self._prompts.get(prompt, Usage()) + event.usage
+    def add(self, index: int, usage: Usage) -> None:
+        """Count a choice."""
+        prompt = index // self._n
+        self._prompts[prompt] = self._prompts.get(prompt, Usage()) + usage
 
     def total(self) -> Usage:
         """The sum over prompts."""
@@ -135,7 +142,7 @@ class Chunks:
         if index not in self._opened and (opening := self._form.opening()) is not None:
             choices.append(opening)
         if isinstance(event, Finished):
-            self._tally.add(event)
+            self._tally.add(index, event.usage)
             check_finished(event)
             choices.append(self._form.end() | {"finish_reason": event.reason})
         elif event.text or event.logprobs or token_ids:
@@ -143,6 +150,10 @@ class Chunks:
         if token_ids and choices:
             choices[-1]["token_ids"] = list(event.token_ids)
         return [self._chunk(index, choice) for choice in choices]
+
+    def is_text_alone(self, event: Delta) -> bool:
+        """Whether an event is one chunk that holds nothing of its own but text."""
+        return bool(event.text) and not event.logprobs and not self._envelope.token_ids and event.index in self._opened
 
     def usage(self) -> Json | None:
         """The chunk after the last choice's end, if it was asked for."""
@@ -178,6 +189,10 @@ class Answer:
         """Take in an event. Raises ApiError for an end that is not an answer."""
         self._choices[event.index].add(event)
 
+    def dumped(self) -> bytes:
+        """The whole body as it goes out; every choice must have finished."""
+        return dumped(self.body())
+
     def body(self) -> Json:
         """The whole body; every choice must have finished."""
         envelope, form = self._envelope, self._form
@@ -185,7 +200,7 @@ class Answer:
         choices = []
         for index, collected in enumerate(self._choices):
             assert collected.finished is not None
-            tally.add(collected.finished)
+            tally.add(index, collected.finished.usage)
             choice = {"index": index, **form.choice(collected), "finish_reason": collected.finished.reason}
             if envelope.token_ids:
                 choice["token_ids"] = collected.token_ids
@@ -198,10 +213,38 @@ class Answer:
         return body
 
 
+def dumped(body: Json) -> bytes:
+    """A body as JSON, put together of small pieces: one call over a long answer would stop every other thread."""
+    return "".join(_pieces(body, _NESTING)).encode()
+
+
+def _pieces(value: Any, nesting: int) -> Iterator[str]:
+    if isinstance(value, dict) and nesting:
+        separator = "{"
+        for key, item in value.items():
+            yield f"{separator}{_encode(key)}:"
+            yield from _pieces(item, nesting - 1)
+            separator = ","
+        yield "}" if value else "{}"
+    elif isinstance(value, list) and len(value) > (0 if nesting else _SLICE):
+        separator = "["
+        whole = nesting > 0 and isinstance(value[0], dict)
+        for start in range(0, len(value), 1 if whole else _SLICE):
+            yield separator
+            if whole:
+                yield from _pieces(value[start], nesting - 1)
+            else:
+                yield _encode(value[start : start + _SLICE])[1:-1]
+            separator = ","
+        yield "]"
+    else:
+        yield _encode(value)
+
+
 def check_finished(event: Finished) -> None:
     """Raise ApiError if a choice ended without an answer."""
     if event.reason == "error":
-        raise generation_failed(event.error)
+        raise generation_failed(event.failure)
     if event.reason == "abort":
         raise unavailable("the request was aborted: the server is shutting down", "aborted")
 

@@ -5,24 +5,36 @@
   (tokens pile up in the engine's inbox, are put together, and are bounded by max_tokens), and after STALL_SECONDS
   without a byte taken the connection is cut, which frees what its request held;
 - a peer that vanished without a word: TCP keep-alive and TCP_USER_TIMEOUT find out;
-- more connections than MAX_CONNECTIONS: 503 at once.
+- one that sends on while it is being answered: read all the same, or its leaving would not be seen; at most EARLY_BYTES
+  are kept for after the answer, more cuts the connection;
+- more connections than MAX_CONNECTIONS, or than there are open files for: 503 at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import socket
-import uuid
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from headrace.engine.serve.access import SAFE_HEADERS
 from headrace.engine.serve.errors import ApiError, unavailable
+from headrace.engine.serve.history import Record, new_id
+from headrace.engine.serve.service import Service
 
 HEAD_SECONDS = 30.0
 STALL_SECONDS = 60.0
+EARLY_BYTES = 64 << 10
 MAX_CONNECTIONS = 4096
+RESERVED_FILES = 256
+"""Open files besides connections: weights, libraries, logs."""
+
+SEND_CHUNK = "headrace.send_chunk"
+"""An extension of the ASGI scope, for HTTP/1.1: ``Connection.send_chunk``."""
 
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 """Seconds, seconds, a count, milliseconds; where the system knows them."""
@@ -39,8 +51,9 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)
         _keep_alive(transport.get_extra_info("socket"))
-        if len(self.connections) > MAX_CONNECTIONS:
-            self._refuse(unavailable(f"more than {MAX_CONNECTIONS} connections are open", "too_many_connections"))
+        limit = connection_limit()
+        if len(self.connections) > limit:
+            self._refuse(unavailable(f"more than {limit} connections are open", "too_many_connections"))
             return
         self._watch_head()
 
@@ -50,13 +63,45 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """More of a request."""
+        """More of a request, or what comes before an answer has ended."""
+        if self.conn.their_state is not h11.SEND_BODY and not self.conn.trailing_data[0]:
+            data = data.lstrip(b"\r\n")  # empty lines before a request mean nothing (RFC 9112, 2.2)
+            if not data:
+                return
         super().data_received(data)
+        if self._answering and not self.cycle.more_body:
+            if len(self.conn.trailing_data[0]) > EARLY_BYTES:
+                self.transport.abort()
+                return
+            self.flow.resume_reading()  # uvicorn stops here until the answer has ended, and sees nobody leave
         self._watch_head()
+
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def handle_events(self) -> None:
+        """Begin the requests whose heads are there."""
+        super().handle_events()
+        if self.cycle is not None and self.conn.their_http_version == b"1.1":
+            scope: Any = self.scope  # to whose type an extension is a dict
+            scope.setdefault("extensions", {})[SEND_CHUNK] = self.send_chunk
+
+    async def send_chunk(self, data: bytes) -> None:
+        """More of the body of the answer that runs, whose head has been sent without a length. ``data`` is not empty.
+
+        What a message to ASGI's ``send`` would do, past the middleware, to which a body is no matter, and past h11,
+        whose state a chunk does not change: there is one for every token.
+        """
+        cycle = self.cycle
+        if cycle.flow.write_paused and not cycle.disconnected:
+            await cycle.flow.drain()
+        if not cycle.disconnected:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def _watch_head(self) -> None:
         """Run the clock while a request's head is awaited, not restarted by every byte of it."""
-        begun = self.cycle is not None and not self.cycle.response_complete
+        begun = self._answering
         if begun and self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -96,17 +141,31 @@ class Connection(H11Protocol):
         self._refuse(ApiError(400, msg, code="malformed_http"))
 
     def _refuse(self, error: ApiError) -> None:
+        """Answer what never becomes a request of the application, and log it as one."""
+        app: Any = self.config.app
+        service: Service = app.state.service
+        record = Record(
+            new_id(), "", "", "", self.client[0] if self.client else None, status=error.status, error=error.code
+        )
         body = json.dumps(error.body()).encode()
         headers = {
+            **SAFE_HEADERS,
             "content-type": "application/json",
             "content-length": str(len(body)),
             "connection": "close",
-            "x-request-id": f"req-{uuid.uuid4().hex}",
+            "x-request-id": record.id,
             **error.headers,
         }
         lines = [f"HTTP/1.1 {error.status} ", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
         self.transport.write("\r\n".join(lines).encode() + body)
         self.transport.close()
+        service.answered(record, None)
+
+
+def connection_limit() -> int:
+    """How many connections may be open: MAX_CONNECTIONS, if this process may have so many files."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(MAX_CONNECTIONS, files - RESERVED_FILES))
 
 
 def _keep_alive(connection: Any) -> None:

@@ -12,14 +12,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from headrace.engine.serve.bodies import Json, dumped
 from headrace.engine.serve.errors import failed, from_engine, invalid
 from headrace.engine.serve.fields import check_model
 from headrace.engine.serve.generation import ChatCompletions, Completions
 from headrace.engine.serve.history import MAX_PAGE, PAGE
 from headrace.engine.serve.openapi import document
+from headrace.engine.serve.profiles import JSON
 from headrace.engine.serve.prompts import detokenize, tokenize
 from headrace.engine.serve.readiness import Readiness
-from headrace.engine.serve.service import Service, read_body
+from headrace.engine.serve.service import Service
 
 
 class Endpoints:
@@ -28,6 +30,7 @@ class Endpoints:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._readiness = Readiness()
+        self._documents: dict[str | None, bytes] = {}  # by the model's name, None while it is loading
 
     def routes(self) -> list[Route]:
         """Every path of the server."""
@@ -68,18 +71,20 @@ class Endpoints:
     async def tokenize(self, request: Request) -> Response:
         """``POST /tokenize``."""
         service, engine = self._service, self._service.admit()
-        body = await read_body(request, service.max_body_bytes)
-        return await self._encoded(partial(tokenize, body, service.profile, service.name_of(engine), engine))
+        async with service.bodies.read(request) as body:
+            work = partial(tokenize, body, service.profile, service.name_of(engine), engine)
+            return await self._encoded(work, len(body))
 
     async def detokenize(self, request: Request) -> Response:
         """``POST /detokenize``."""
         service, engine = self._service, self._service.admit()
-        body = await read_body(request, service.max_body_bytes)
-        return await self._encoded(partial(detokenize, body, service.name_of(engine), engine))
+        async with service.bodies.read(request) as body:
+            return await self._encoded(partial(detokenize, body, service.name_of(engine), engine), len(body))
 
-    async def _encoded(self, work: Callable[[], dict[str, Any]]) -> Response:
+    async def _encoded(self, work: Callable[[], Json], size: int) -> Response:
         try:
-            return JSONResponse(await to_thread.run_sync(work, limiter=self._service.encoders))
+            body = await to_thread.run_sync(lambda: dumped(work()), limiter=self._service.encoders(size))
+            return Response(body, media_type=JSON)
         except Exception as error:
             refusal = from_engine(error, self._service.retry_after())
             if refusal is None:
@@ -96,8 +101,8 @@ class Endpoints:
 
     async def live(self, request: Request) -> Response:
         """``GET /health/live``: live until only a restart would help."""
-        if self._service.fault is not None:
-            raise failed(self._service.fault)
+        if problem := self._service.fault or self._service.hangs:
+            raise failed(problem)
         return JSONResponse({"status": "live"})
 
     async def ready(self, request: Request) -> Response:
@@ -114,4 +119,7 @@ class Endpoints:
         """``GET /openapi.json``."""
         service = self._service
         model = service.name_of(service.engine) if service.loaded else None
-        return JSONResponse(document(service.profile, model, keys=service.access.has_keys))
+        body = self._documents.get(model)  # needs no key, and takes as long to make as a step of a small model
+        if body is None:
+            body = self._documents[model] = dumped(document(service.profile, model, keys=service.access.has_keys))
+        return Response(body, media_type=JSON)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from headrace.engine import EngineClosed, EngineFailed, QueueFull, RequestError
+from headrace.engine.request import Failure
 
 VALIDATION_STATUS = 422
 RETRY_SECONDS = 2
+ENGINE_FAILED = "the engine has failed, and the server has to be started anew; its log says where"
 
 # Statuses without a word of their own are "invalid_request_error" below 500 and "server_error" above.
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -52,9 +52,20 @@ def unavailable(message: str, code: str, retry_after: float = RETRY_SECONDS) -> 
     return ApiError(503, message, code=code, headers={"retry-after": _seconds(retry_after)})
 
 
-def generation_failed(detail: str | None) -> ApiError:
-    """An accepted request that failed alone. The engine is deterministic, so the same request would fail again."""
-    message = detail or "the request failed while generating"
+# What clients are told of a failure: sentences of ours. What was raised may hold a user's text, or tell of the machine.
+_FAILURES: Mapping[Failure, str] = {
+    "logits": "the model's logits are not finite",
+    "step": "the step that computed this request failed",
+    "neighbours": "a step failed that computed this request and others; it may be tried again",
+    "engine": "the engine has failed",
+}
+
+
+def generation_failed(failure: Failure | None) -> ApiError:
+    """An accepted request that failed. The engine is deterministic: one that failed alone would fail again."""
+    message = _FAILURES.get(failure or "text", "the request failed while generating")
+    if failure == "neighbours":
+        return ApiError(500, message, code="step_failed")
     return ApiError(500, message, code="generation_failed", headers={"x-should-retry": "false"})
 
 
@@ -63,9 +74,9 @@ def queue_full(message: str, retry_after: float) -> ApiError:
     return ApiError(429, message, code="queue_full", headers={"retry-after": _seconds(retry_after)})
 
 
-def failed(detail: str) -> ApiError:
-    """The engine's own thread has failed: nothing will be answered until the server is started again."""
-    return ApiError(500, detail, code="engine_failed", headers={"x-should-retry": "false"})
+def failed(message: str) -> ApiError:
+    """Nothing will be answered until the server is started again."""
+    return ApiError(500, message, code="engine_failed", headers={"x-should-retry": "false"})
 
 
 def internal() -> ApiError:
@@ -86,17 +97,10 @@ def from_engine(error: Exception, retry_after: float) -> ApiError | None:
     if isinstance(error, QueueFull):
         return queue_full(str(error), max(retry_after, error.retry_after))
     if isinstance(error, EngineFailed):
-        return failed(str(error))
+        return failed(ENGINE_FAILED)
     if isinstance(error, EngineClosed):
         return unavailable("the engine is closing", "draining")
     return None
-
-
-def trace(error: BaseException) -> str:
-    """Where an error came from, innermost call first, without its message: that may hold what a user wrote."""
-    frames = reversed(traceback.extract_tb(error.__traceback__))
-    where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
-    return f"{type(error).__name__} at {where}"
 
 
 def _seconds(value: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import uuid
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,6 +26,11 @@ CLIENT_CLOSED = 499
 """Status of a request whose client left before the answer began (nginx's number: HTTP has none)."""
 
 access_log = logging.getLogger("headrace.access")
+
+
+def new_id() -> str:
+    """The id of a request."""
+    return f"req-{uuid.uuid4().hex}"
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from headrace.engine import Delta, Finished
+from headrace.engine import Delta, Finished, Usage
 from headrace.engine.serve.bodies import Tally
 from headrace.engine.serve.history import Record
 
@@ -140,7 +140,7 @@ class Watch:
         self._metrics = metrics
         self._budget = budget
         self._tally = Tally(n)
-        self._open = set(range(n * prompts))
+        self._open = {index: Usage() for index in range(n * prompts)}  # what has been seen of those that have not ended
         self._first: dict[int, float] = {}
         self._last: dict[int, float] = {}
 
@@ -149,9 +149,12 @@ class Watch:
         now = time.monotonic()
         if event.token_ids:
             self._arrived(event.index, len(event.token_ids), now)
-        if isinstance(event, Finished):
-            self._open.discard(event.index)
-            self._tally.add(event)
+        if isinstance(event, Delta):
+            tokens = len(event.token_ids)
+            self._open[event.index] += Usage(0, tokens, tokens if event.channel == "reasoning" else 0)
+        else:
+            del self._open[event.index]
+            self._tally.add(event.index, event.usage)
             self._finished(event, now)
 
     def _arrived(self, index: int, tokens: int, now: float) -> None:
@@ -205,9 +208,11 @@ class Watch:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """No more events are read: choices that have not ended were given up."""
-        for index in self._open:
-            self._abort(index)
         metrics, record = self._metrics, self._record
+        for index, seen in self._open.items():
+            self._abort(index)
+            self._tally.add(index, seen)
+            metrics.count("reasoning_tokens", seen.reasoning_tokens)
         usage = record.usage = self._tally.total()
         if kind is None and record.error is None:
             metrics.count("prompt_tokens", usage.prompt_tokens)

@@ -16,6 +16,7 @@ from headrace.engine.serve.bodies import Json
 from headrace.engine.serve.history import HISTORY_LENGTH, MAX_PAGE, PAGE
 from headrace.engine.serve.profiles import Profile
 from headrace.engine.serve.schemas import RESPONSES, SCHEMAS, reference
+from headrace.tokenizer import template_options
 
 _ERRORS = {
     400: "The body is not JSON, or the prompt does not fit the context.",
@@ -27,7 +28,7 @@ _ERRORS = {
     422: "A field is out of range, of the wrong type, or not implemented; ``param`` names it.",
     429: "The queue is full; see Retry-After.",
     500: "It failed; where a retry cannot help, x-should-retry is false.",
-    503: "The server is starting or shutting down; see Retry-After.",
+    503: "The server is starting, shutting down, or has too many large bodies in hand; see Retry-After.",
 }
 _BODY = (400, 401, 403, 404, 408, 413, 422, 500, 503)
 _READ = (401, 403, 500, 503)
@@ -76,7 +77,10 @@ def _specialise(schemas: Json, profile: Profile, model: str | None) -> None:
     for properties in (chat, completion):
         properties["temperature"]["maximum"] = profile.max_temperature
     for body in ("ChatRequest", "TokenizeRequest"):
-        schemas[body]["properties"]["reasoning_effort"]["enum"] = [*profile.efforts, None]
+        effort = schemas[body]["properties"]["reasoning_effort"]
+        effort["enum"] = [*profile.efforts, None]
+        # What each stands for in chat_template_kwargs, for forms that write it so.
+        effort["x-template-arguments"] = {name: template_options(known) for name, known in profile.efforts.items()}
     chat["stream"]["default"] = profile.stream_default
     completion["stream"]["default"] = False
     chat["max_tokens"]["default"] = protocol.DEFAULT_MAX_TOKENS

@@ -14,7 +14,6 @@ from headrace.engine.serve import fields, protocol
 from headrace.engine.serve.errors import invalid
 from headrace.engine.serve.fields import ARRAY, STRING, Body, GenerationBody, TokenLimit
 from headrace.engine.serve.profiles import Profile
-from headrace.tokenizer import TokenizerError
 
 if TYPE_CHECKING:
     from headrace.engine import Engine
@@ -113,12 +112,7 @@ def _each(prompt: Any) -> list[str | list[int]]:
 
 
 def _ids(engine: Engine, prompt: str | list[int]) -> list[int]:
-    if isinstance(prompt, list):
-        return prompt
-    try:
-        return engine.tokenizer.encode_with_markers(prompt)
-    except TokenizerError as error:
-        raise invalid(f"prompt {error}", "prompt") from None
+    return prompt if isinstance(prompt, list) else engine.raw_prompt_ids(prompt)
 
 
 class TokenizeRequest(protocol.Rendering):
@@ -150,7 +144,7 @@ def tokenize(body: bytes, profile: Profile, served: str, engine: Engine) -> dict
         ids = _ids(engine, request.prompt)
     else:
         turns = protocol.turns_of(request.messages, profile)
-        ids = engine.prompt_ids(turns, protocol.options_of(request, profile)).ids
+        ids = engine.prompt_ids(turns, protocol.options_of(request, profile, engine.template_arguments)).ids
     texts = [engine.tokenizer.token_bytes(i).decode(errors="replace") for i in ids]
     return {
         "count": len(ids),

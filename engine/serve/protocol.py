@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from headrace.engine import ChatOptions, SamplingParams
 from headrace.engine.request import MAX_TOP_LOGPROBS
@@ -48,7 +48,12 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)
 
 
 class TemplateArguments(Body):
-    """``chat_template_kwargs``; these win over ``reasoning_effort`` and ``reasoning_budget``."""
+    """``chat_template_kwargs``; these win over ``reasoning_effort`` and ``reasoning_budget``.
+
+    Others go to the chat template if it reads them, and are unknown fields like any other if it does not.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     enable_thinking: bool | None = None
     low_effort: bool | None = None
@@ -105,8 +110,13 @@ UNIMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def parse_chat(body: bytes, accept: str | None, profile: Profile, served: str) -> ChatCall:
-    """Validate a request body. Raises ApiError: 400 not JSON, 404 unknown model, 422 naming the field."""
+def parse_chat(
+    body: bytes, accept: str | None, profile: Profile, served: str, arguments: Collection[str] = ()
+) -> ChatCall:
+    """Validate a request body. Raises ApiError: 400 not JSON, 404 unknown model, 422 naming the field.
+
+    ``arguments`` are the names that this model's chat template reads.
+    """
     data = fields.parse_object(body)
     fields.refuse_unimplemented(data, UNIMPLEMENTED)
     _refuse_tool_calls(data)
@@ -115,7 +125,7 @@ def parse_chat(body: bytes, accept: str | None, profile: Profile, served: str) -
     return ChatCall(
         messages=turns_of(request.messages, profile),
         params=_params(request, profile),
-        options=options_of(request, profile),
+        options=options_of(request, profile, arguments),
         stream=profile.wants_stream(request.stream, accept),
         include_usage=request.stream_options.include_usage,
         return_token_ids=request.return_token_ids,
@@ -181,12 +191,15 @@ def _params(request: ChatRequest, profile: Profile) -> SamplingParams:
     )
 
 
-def options_of(request: Rendering, profile: Profile) -> ChatOptions:
+def options_of(request: Rendering, profile: Profile, arguments: Collection[str]) -> ChatOptions:
     """How the conversation is rendered. Raises ApiError 422 for an effort that the profile does not know."""
     effort = profile.efforts.get(request.reasoning_effort)
     if effort is None:
         allowed = ", ".join(profile.efforts)
         given = fields.shown(request.reasoning_effort)
         raise invalid(f"reasoning_effort must be one of {allowed}, got {given}", "reasoning_effort")
-    arguments = request.chat_template_kwargs.model_dump(exclude_none=True)
-    return ChatOptions(reasoning_effort=effort, chat_template_kwargs=arguments)
+    asked = request.chat_template_kwargs
+    named = {name: getattr(asked, name) for name in TemplateArguments.model_fields}
+    read = {name: value for name, value in (asked.model_extra or {}).items() if name in arguments}
+    kwargs = {name: value for name, value in (named | read).items() if value is not None}
+    return ChatOptions(reasoning_effort=effort, chat_template_kwargs=kwargs)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import socket
+import sys
 import threading
 import time
 from copy import deepcopy
@@ -13,7 +15,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 
-from headrace.engine.serve.connection import MAX_CONNECTIONS, Connection
+from headrace.engine.serve.connection import MAX_CONNECTIONS, RESERVED_FILES, Connection
 from headrace.engine.serve.service import Service
 
 ABORT_GRACE_SECONDS = 5
@@ -26,8 +28,8 @@ FAULT_SECONDS = 5
 """How long a server whose engine has failed still says so, before it ends."""
 
 BACKLOG = 2048
-RESERVED_FILES = 256
-"""Open files besides connections: weights, libraries, logs."""
+EXIT_SECONDS = 60
+"""How long a step may go on after the server has stopped, before the process ends without it."""
 
 
 class DrainingServer(uvicorn.Server):
@@ -66,6 +68,25 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
         self.service.drain()
 
+    @property
+    def _unsent(self) -> bool:
+        """Whether a client has yet to take in what was written for it."""
+        connections: set[Any] = set(self.server_state.connections)
+        return any(connection.transport.get_write_buffer_size() for connection in connections)
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to stop. Ends the process, with status 1, if a step hangs by then: nothing else could."""
+        super().run(sockets)
+        patience = 0 if self.force_exit else EXIT_SECONDS
+        deadline = time.monotonic() + patience
+        while self.service.step_seconds and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if (seconds := self.service.step_seconds) and seconds >= patience:
+            print(
+                f"headrace: a step has not ended within {seconds:.1f} seconds, giving up", file=sys.stderr, flush=True
+            )
+            os._exit(1)
+
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to stop."""
         if self.service.draining:
@@ -73,7 +94,7 @@ class DrainingServer(uvicorn.Server):
             self._deadline = min(self._deadline, now + self._drain_seconds)
             if now >= self._deadline:
                 self.service.abort_all()
-            self.should_exit |= not self.service.in_flight or now >= self._deadline
+            self.should_exit |= not (self.service.in_flight or self._unsent) or now >= self._deadline
         elif self.service.fault is not None:
             now = time.monotonic()
             self._deadline = min(self._deadline, now + FAULT_SECONDS)

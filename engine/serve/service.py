@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -11,11 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from anyio import CapacityLimiter
-from starlette.requests import Request
 
 from headrace.engine.serve.access import Access
-from headrace.engine.serve.errors import ApiError, queue_full, unavailable
-from headrace.engine.serve.history import History
+from headrace.engine.serve.errors import ENGINE_FAILED, queue_full, unavailable
+from headrace.engine.serve.history import History, Record, access_log
+from headrace.engine.serve.incoming import MAX_BODY_BYTES, SMALL_BODY_BYTES, Bodies
 from headrace.engine.serve.metrics import Metrics
 from headrace.engine.serve.profiles import Profile
 from headrace.engine.serve.stream import Events
@@ -23,15 +22,17 @@ from headrace.engine.serve.stream import Events
 if TYPE_CHECKING:
     from headrace.engine import Engine
 
-MAX_BODY_BYTES = 16 << 20
-BODY_SECONDS = 60.0
-"""How long a client has to send a body."""
-
-DISCARD_FACTOR = 4
-"""A body over the limit is read and dropped up to this many times the limit, so that the client sees the answer."""
-
 ENCODERS = 4
 """Prompts that are encoded at once: more would only take turns at the interpreter, and the streams wait for theirs."""
+
+LARGE_ENCODERS = 1
+"""The same for large bodies."""
+
+WRITERS = 2
+"""JSON answers that are put together at once."""
+
+STALL_SECONDS = 300.0
+"""A step that takes longer is taken for one that never ends. Steps of a big model on a CPU are slow."""
 
 MAX_RETRY_SECONDS = 60
 PACE_WINDOW = 32
@@ -47,19 +48,24 @@ class Service:
         access: Access,
         served_name: str | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
+        stall_seconds: float = STALL_SECONDS,
     ) -> None:
         self.profile = profile
         self.access = access
-        self.max_body_bytes = max_body_bytes
+        self.bodies = Bodies(max_body_bytes)
         self.created = int(time.time())
         self.fingerprint = f"headrace-{_version()}"
         self.draining = False
         self.history = History()
-        self.encoders = CapacityLimiter(ENCODERS)
+        self.writers = CapacityLimiter(WRITERS)
+        self._encoders = CapacityLimiter(ENCODERS)
+        self._large_encoders = CapacityLimiter(LARGE_ENCODERS)
+        self._stall_seconds = stall_seconds
+        self.ended = False  # what is in flight is being aborted, and nothing begins any more
         self._engine: Engine | None = None
         self._metrics: Metrics | None = None
         self._served_name = served_name
-        self._in_flight = 0
+        self._encoding = 0
         self._running: dict[int, Events] = {}
         self._ends: deque[float] = deque(maxlen=PACE_WINDOW)  # when the last answers ended
         if engine is not None:
@@ -110,8 +116,20 @@ class Service:
 
     @property
     def fault(self) -> str | None:
-        """Why the engine has failed for good, if it has."""
-        return self._engine.fault if self._engine is not None else None
+        """That the engine has failed for good, if it has, in words for anybody."""
+        return ENGINE_FAILED if self._engine is not None and self._engine.fault is not None else None
+
+    @property
+    def hangs(self) -> str | None:
+        """That a step does not end, if it does not."""
+        if self._engine is None or self._engine.step_seconds < self._stall_seconds:
+            return None
+        return f"a step has not ended within {self._stall_seconds:g} seconds"
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the engine's step that is under way has been running; 0 where there is none."""
+        return 0.0 if self._engine is None else self._engine.step_seconds
 
     def name_of(self, engine: Engine) -> str:
         """The name that clients use for the engine's model."""
@@ -128,21 +146,23 @@ class Service:
     @property
     def in_flight(self) -> int:
         """Requests that have been accepted and not been answered in full."""
-        return self._in_flight
+        return self._encoding + len(self._running)
 
     @contextmanager
-    def request(self) -> Iterator[None]:
-        """Count a request while it is being answered, so that draining waits for it."""
-        self._in_flight += 1
+    def encoding(self) -> Iterator[None]:
+        """Count a request until it is held, so that draining waits for it."""
+        self._encoding += 1
         try:
             yield
         finally:
-            self._in_flight -= 1
+            self._encoding -= 1
 
     @contextmanager
     def hold(self, events: Events) -> Iterator[None]:
         """Own what is being generated while it is being answered: whatever happens, it does not go on alone."""
         self._running[id(events)] = events
+        if self.ended:  # it was still being encoded
+            events.abort()
         try:
             yield
         finally:
@@ -151,33 +171,23 @@ class Service:
             self._ends.append(time.monotonic())
 
     def abort_all(self) -> None:
-        """End every request in flight; each client is told."""
+        """End every request in flight, also those whose prompt is still being encoded; each client is told."""
+        self.ended = True
         for events in list(self._running.values()):
             events.abort()
 
+    def answered(self, record: Record, path: str | None) -> None:
+        """A request is over: for the log, the history and the metrics. ``path`` is its route's, None if it has none."""
+        record.close()
+        access_log.info("%s", record.line())
+        if record.generates:
+            self.history.add(record)
+        if self._metrics is not None:
+            self._metrics.answered(path or "other", record.status)
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body. Raises ApiError: 413 if it has more than ``limit`` bytes, 408 if it takes too long."""
-    too_large = ApiError(
-        413, f"the body is larger than {limit} bytes", code="body_too_large", headers={"connection": "close"}
-    )
-    if int(request.headers.get("content-length", "0")) > limit * DISCARD_FACTOR:
-        raise too_large
-    chunks, size = [], 0
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size <= limit:
-                    chunks.append(chunk)
-                elif size > limit * DISCARD_FACTOR:
-                    break
-    except TimeoutError:
-        message = f"the body did not arrive within {BODY_SECONDS:g} seconds"
-        raise ApiError(408, message, code="request_timeout", headers={"connection": "close"}) from None
-    if size > limit:
-        raise too_large
-    return b"".join(chunks)
+    def encoders(self, size: int) -> CapacityLimiter:
+        """Where a body of ``size`` bytes waits for its turn to be encoded."""
+        return self._encoders if size <= SMALL_BODY_BYTES else self._large_encoders
 
 
 def _version() -> str:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
 from starlette.types import Receive
 
 from headrace.engine import Delta, Finished, Stream
+from headrace.engine.errors import trace
 from headrace.engine.serve.bodies import Chunks
-from headrace.engine.serve.errors import ApiError, internal, trace
+from headrace.engine.serve.errors import ApiError, internal
 from headrace.engine.serve.history import Record
 
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -22,6 +23,9 @@ DONE = b"data: [DONE]\n\n"
 
 # Line ends to some clients' line readers, though not to the SSE standard. Legal in JSON, raw or escaped.
 _LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_HOLE = uuid.uuid4().hex
+"""Where a delta's text goes in its event; nothing else that is in an event can be guessed to hold it."""
 
 logger = logging.getLogger(__name__)
 
@@ -83,23 +87,49 @@ class Streams:
 
 def event(payload: dict[str, Any]) -> bytes:
     """One event."""
-    text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
-    return b"data: " + text.translate(_LINE_ENDS).encode() + b"\n\n"
+    return b"data: " + _json(payload) + b"\n\n"
+
+
+def _json(value: Any) -> bytes:
+    text = _encode(value)
+    return text.encode() if text.isascii() else text.translate(_LINE_ENDS).encode()
+
+
+class EventWriter:
+    """The bytes of a stream's events.
+
+    Of a choice's deltas in one channel nothing differs but the text: what stands around it is made once.
+    """
+
+    def __init__(self, chunks: Chunks) -> None:
+        self._chunks = chunks
+        self._around: dict[tuple[int, str], tuple[bytes, bytes]] = {}
+
+    def of(self, item: Delta | Finished) -> bytes:
+        """The events that an engine's event stands for; none is b"". Raises ApiError for an end that is no answer."""
+        if not isinstance(item, Delta) or not self._chunks.is_text_alone(item):
+            return b"".join([event(chunk) for chunk in self._chunks.of(item)])
+        around = self._around.get((item.index, item.channel))
+        if around is None:
+            [chunk] = self._chunks.of(replace(item, text=_HOLE))
+            head, tail = event(chunk).split(b'"' + _HOLE.encode() + b'"')
+            around = self._around[item.index, item.channel] = head, tail
+        return around[0] + _json(item.text) + around[1]
 
 
 async def events_of(
     chunks: Chunks, first: Delta | Finished, rest: AsyncIterator[Delta | Finished], record: Record
 ) -> AsyncIterator[bytes]:
     """The bytes of a whole stream. A failure after the first byte is one error event, and no ``[DONE]``."""
+    writer = EventWriter(chunks)
     try:
-        for chunk in chunks.of(first):
-            yield event(chunk)
+        if data := writer.of(first):
+            yield data
         async for item in rest:
-            for chunk in chunks.of(item):
-                yield event(chunk)
-        if (usage := chunks.usage()) is not None:
-            yield event(usage)
-        yield DONE
+            if data := writer.of(item):
+                yield data
+        usage = chunks.usage()
+        yield DONE if usage is None else event(usage) + DONE
     except Exception as error:
         if not isinstance(error, ApiError):
             logger.error("request %s failed in its stream: %s", record.id, trace(error))
@@ -108,18 +138,35 @@ async def events_of(
         yield event(error.body())
 
 
-@asynccontextmanager
-async def abort_on_disconnect(receive: Receive, events: Events, record: Record) -> AsyncIterator[None]:
-    """Abort as soon as the client is gone. The request's body must have been read."""
+class Client:
+    """Whoever waits for an answer. When it leaves, what it waits for is aborted."""
 
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
+    def __init__(self, receive: Receive, record: Record) -> None:
+        self.gone = False
+        self._receive = receive
+        self._record = record
+        self._events: Events | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    def watch(self) -> None:
+        """Notice from now on if it leaves. The request's body must have been read."""
+        self._watcher = asyncio.create_task(self._wait())
+
+    def waits_for(self, events: Events) -> None:
+        """This is what it asked for."""
+        self._events = events
+        if self.gone:
+            events.abort()
+
+    def close(self) -> None:
+        """It has its answer."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    async def _wait(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
             pass
-        record.client_left()
-        events.abort()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        watcher.cancel()
+        self.gone = True
+        self._record.client_left()
+        if self._events is not None:
+            self._events.abort()

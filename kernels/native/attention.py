@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from headrace.kernels.attention import Pages
 from headrace.kernels.native.library import Op, Pool, empty, rows_of
 from headrace.kernels.native.linear import FORMATS
-
-PAGE_FORMATS = {**FORMATS, torch.float8_e4m3fn: 3}
 
 COMMON = "qqqqqqqqqqqqqqqqqdddqqq"
 DECODE_ATTENTION = Op("decode_attention", COMMON + "qqqq")
@@ -82,7 +79,7 @@ def _common(
         width,
         pages.keys.data_ptr(),
         pages.values.data_ptr(),
-        PAGE_FORMATS[pages.keys.dtype],
+        FORMATS[pages.keys.dtype],
         page_size,
         pages.k_scale,
         pages.v_scale,

@@ -76,10 +76,10 @@ struct Pass {
         }
     }
 
-    // c [rows][32] of one item of a phase; done(expert's first pair, its pairs, first row, rows, first output, c).
+    // c [rows][32] of one item of a phase, scaled; done(expert's first pair, its pairs, first row, rows, first output, c).
     template <class Done>
-    void product(const Items& items, const std::byte* weights, const float* x, int64_t width, int64_t item, float* own,
-                 Done&& done) const {
+    void product(const Items& items, const std::byte* weights, const float* scales, const float* x, int64_t width,
+                 int64_t item, float* own, Done&& done) const {
         const size_t i = items.expert_of(item);
         const int64_t first = groups.first[i], count = groups.first[i + 1] - first;
         const int64_t panel = (item - items.first[i]) % items.panels, row = (item - items.first[i]) / items.panels * BAND;
@@ -87,11 +87,15 @@ struct Pass {
         float* c = own + DEPTH * PANEL;
         const std::byte* at = weights + (groups.expert[i] * items.panels + panel) * panel_bytes(Format(a.format), width);
         multiply_panel(Format(a.format), at, width, x + (first + row) * width, some, c, own);
+        if (scales) {
+            const Float scale = splat(scales[groups.expert[i]]);
+            for (int64_t j = 0; j < some * PANEL; j += LANES) store(c + j, load(c + j) * scale);
+        }
         done(first, count, row, some, panel * PANEL, c);
     }
 
     void up_item(int64_t item, float* own) const {
-        product(up, a.up, gathered, a.up_width, item, own,
+        product(up, a.up, a.up_scale, gathered, a.up_width, item, own,
                 [&](int64_t first, int64_t count, int64_t row, int64_t some, int64_t output, float* c) {
                     for (int64_t i = 0; i < some * PANEL; i += LANES) store(c + i, relu2(load(c + i)));
                     const int64_t end = std::min(output + PANEL, a.down_width);
@@ -102,7 +106,7 @@ struct Pass {
     }
 
     void down_item(int64_t item, float* own) const {
-        product(down, a.down, inner, a.down_width, item, own,
+        product(down, a.down, a.down_scale, inner, a.down_width, item, own,
                 [&](int64_t first, int64_t, int64_t row, int64_t some, int64_t output, const float* c) {
                     const int64_t wide = std::min(PANEL, a.columns - output);
                     for (int64_t i = 0; i < some; ++i)

@@ -1,5 +1,7 @@
 // Dense projections, y = residual + f(norm(x)) W^T + bias, and the packing of weights into panels.
 
+#include <atomic>
+
 #include "ops.h"
 #include "rows.h"
 
@@ -11,13 +13,29 @@ namespace {
 template <class Word>
 void transpose(const PackArgs& a, int64_t panel) {
     constexpr int64_t STRIP = 16;  // words: a line of each of 32 rows of the source
+    constexpr int64_t AHEAD = 256;  // bytes
     const int64_t step = a.format == BF16 ? 2 : 1, element = a.format == FP32 ? 4 : 2;
     const int64_t words = a.columns / step, stride = a.stride * element, from = std::max(a.first_row, panel * PANEL);
     const int64_t lanes = std::min(a.first_row + a.rows, (panel + 1) * PANEL) - from;
     const std::byte* source = a.source + (from - a.first_row) * stride;
     std::byte* out = a.panels + panel_bytes(Format(a.format), a.width) * panel +
                      (a.first_column / step * PANEL + from % PANEL) * int64_t(sizeof(Word));
-    for (int64_t strip = 0; strip < words; strip += STRIP) {
+    int64_t strip = 0;
+    if constexpr (sizeof(Word) == 4)
+        if (lanes == PANEL)
+            for (; strip + STRIP <= words; strip += STRIP)
+                for (int64_t lane = 0; lane < PANEL; lane += LANES) {
+                    Float lines[LANES];
+                    for (int64_t i = 0; i < LANES; ++i) {
+                        const std::byte* at = source + (lane + i) * stride + strip * 4;
+                        __builtin_prefetch(at + AHEAD);
+                        lines[i] = load(reinterpret_cast<const float*>(at));
+                    }
+                    transpose(lines);
+                    for (int64_t i = 0; i < LANES; ++i)
+                        store(reinterpret_cast<float*>(out) + (strip + i) * PANEL + lane, lines[i]);
+                }
+    for (; strip < words; strip += STRIP) {
         const int64_t end = std::min(strip + STRIP, words);
         for (int64_t lane = 0; lane < lanes; ++lane) {
             Word line[STRIP];
@@ -41,6 +59,48 @@ void transpose_odd(const PackArgs& a, int64_t panel) {
         }
 }
 
+// FP8: bytes in the order of k.
+void transpose_fp8(const PackArgs& a, int64_t panel) {
+    const auto* source = reinterpret_cast<const uint8_t*>(a.source);
+    auto* out = reinterpret_cast<uint8_t*>(a.panels) + panel * panel_bytes(FP8, a.width);
+    const int64_t from = std::max(a.first_row, panel * PANEL), to = std::min(a.first_row + a.rows, (panel + 1) * PANEL);
+    bool nan = false;
+    for (int64_t strip = 0; strip < a.columns; strip += 64)  // a line of each row of the source
+        for (int64_t row = from; row < to; ++row)
+            for (int64_t column = strip; column < std::min(strip + 64, a.columns); ++column) {
+                const uint8_t byte = source[(row - a.first_row) * a.stride + column];
+                nan |= (byte & 0x7f) == 0x7f;
+                out[(a.first_column + column) * PANEL + row % PANEL] = byte;
+            }
+    if (nan) std::atomic_ref(*a.nans).store(1, std::memory_order_relaxed);
+}
+
+// NVFP4: blocks of 16 k; see PanelNvfp4. Rows that share a panel may come from several sources.
+void transpose_nvfp4(const PackArgs& a, int64_t panel) {
+    constexpr int64_t BLOCK = PanelNvfp4::BLOCK;
+    const int64_t from = std::max(a.first_row, panel * PANEL), to = std::min(a.first_row + a.rows, (panel + 1) * PANEL);
+    const auto* codes = reinterpret_cast<const uint8_t*>(a.source);
+    const auto* scales = reinterpret_cast<const uint8_t*>(a.block_scales);
+    auto* out = reinterpret_cast<uint8_t*>(a.panels) + panel * panel_bytes(NVFP4, a.width);
+    for (int64_t block = 0; block < a.columns / BLOCK; ++block, out += PanelNvfp4::BYTES) {
+        for (int64_t row = from; row < to; ++row)
+            out[row % PANEL] = scales[(row - a.first_row) * (a.columns / BLOCK) + block];
+        for (int64_t pair = 0; pair < BLOCK / 2; ++pair)
+            for (int64_t half = 0; half < PANEL; half += LANES) {
+                uint8_t* at = out + PANEL + pair * PANEL + half;
+                uint8_t lanes[LANES], laid[LANES];
+                unpack_e2m1(at, lanes);  // what another source left there
+                for (int64_t lane = 0; lane < LANES; ++lane) {
+                    const int64_t row = panel * PANEL + half + lane;
+                    if (row >= from && row < to)
+                        lanes[lane] = codes[(row - a.first_row) * a.stride + block * (BLOCK / 2) + pair];
+                }
+                pack_e2m1(lanes, laid);
+                std::memcpy(at, laid, LANES);
+            }
+    }
+}
+
 }  // namespace
 
 void pack(Pool& pool, const PackArgs& a) {
@@ -48,6 +108,8 @@ void pack(Pool& pool, const PackArgs& a) {
     pool.items(0, (a.first_row + a.rows + PANEL - 1) / PANEL - first);
     pool.run([&](int thread) {
         pool.each(thread, 0, 1, [&](int64_t begin, int64_t) {
+            if (a.format == FP8) return transpose_fp8(a, first + begin);
+            if (a.format == NVFP4) return transpose_nvfp4(a, first + begin);
             const bool odd = a.format == BF16 && (a.first_column % 2 || a.columns % 2);
             if (odd) return transpose_odd(a, first + begin);
             a.format == FP16 ? transpose<uint16_t>(a, first + begin) : transpose<uint32_t>(a, first + begin);
@@ -98,6 +160,7 @@ void finish(const LinearArgs& a, const float* c, int64_t first_row, int64_t rows
         float* y = a.y + (first_row + i) * a.outputs + from;
         for (int64_t n = 0; n < count; ++n) {
             float v = c[i * PANEL + n];
+            if (a.scale) v *= a.scale[from + n];
             if (a.bias) v += a.bias[from + n];
             y[n] = residual ? residual[n] + v : v;
         }

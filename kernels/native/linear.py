@@ -9,6 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from headrace.kernels.formats import BLOCK, Fp8, Weight, common_format, format_of, tensors_of
 from headrace.kernels.linear import check_prologue
 from headrace.kernels.native.library import Op, Pool, empty, prefer_huge_pages, rows_of
 from headrace.kernels.norm import Norm
@@ -16,60 +17,95 @@ from headrace.kernels.norm import Norm
 PANEL = 32
 """Outputs of a panel; tile.h."""
 
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.uint8: 4}
+"""By the dtype of what is stored; uint8 is NVFP4."""
 
-PACK = Op("pack", "qqqqqqqqq")
+FP8_READ_AS = 1 / 256
+"""panels.h reads e4m3 as this share of its value; the weight's scale makes up for it."""
+
+PACK = Op("pack", "qqqqqqqqqqq")
 EMBED = Op("embed", "qqqqqqqq")
-LINEAR = Op("linear", "qqqqqqqqqqqqqdqqqqq")
+LINEAR = Op("linear", "qqqqqqqqqqqqqqdqqqqq")
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """Matrices of one format as the kernels want them; panels.h."""
+
+    data: Tensor  # [..., N / 32 rounded up, 32 outputs over width: in elements, uint8 for NVFP4]
+    dtype: torch.dtype  # a key of FORMATS
+    width: int  # K rounded up to what the format reads together
+
+    @classmethod
+    def empty(cls, stack: tuple[int, ...], rows: int, columns: int, dtype: torch.dtype) -> Panels:
+        """Memory for them; zeros where some of it belongs to no weight."""
+        width = columns + columns % 2
+        elements = width * PANEL if dtype is not torch.uint8 else width // BLOCK * (PANEL + BLOCK * PANEL // 2)
+        panels = empty(*stack, -(-rows // PANEL), elements, dtype=dtype)
+        prefer_huge_pages(panels.data_ptr(), panels.nbytes)
+        if rows % PANEL or columns % 2:
+            panels.view(torch.uint8).zero_()
+        return cls(panels, dtype, width)
+
+    @property
+    def format(self) -> int:
+        return FORMATS[self.dtype]
+
+    def pack(self, weight: Weight, pool: Pool, at: tuple[int, ...] = (), row: int = 0, column: int = 0) -> None:
+        """weight [rows, columns], in the panels' dtype, into its place among outputs and K. Raises ValueError for an
+        FP8 weight that is not a number."""
+        source, *scales = (part.contiguous() for part in tensors_of(weight))
+        nans = empty(1, dtype=torch.int64).zero_()
+        PACK(
+            pool,
+            source.data_ptr(),
+            self.format,
+            *weight.shape,
+            source.stride(0),
+            scales[0].data_ptr() if len(scales) == 2 else 0,
+            self.data[at].data_ptr(),
+            self.width,
+            row,
+            column,
+            nans.data_ptr(),
+        )
+        if nans.item():
+            raise ValueError("an fp8 weight holds NaN")
+
+
+def scale_of(weight: Weight) -> Tensor | None:
+    """The factor [] fp32 of the kernels' products; None for float weights."""
+    if isinstance(weight, Tensor):
+        return None
+    return weight.scale / FP8_READ_AS if isinstance(weight, Fp8) else weight.scale
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
     """A weight as the kernel wants it."""
 
-    panels: Tensor  # [N / 32 rounded up, K rounded up to even, 32]; the order within two k is the dtype's, tile.h
+    panels: Panels
+    scale: Tensor | None  # [N] fp32
     bias: Tensor | None  # [N] fp32
     out_features: int
     in_features: int
 
 
-def pack_linear(weights: Sequence[Tensor], bias: Tensor | None = None, *, dim: int = 0, pool: Pool) -> PackedLinear:
-    """The weights in the widest dtype among them, as one."""
+def pack_linear(weights: Sequence[Weight], bias: Tensor | None = None, *, dim: int = 0, pool: Pool) -> PackedLinear:
+    """As the reference's; floats in the widest dtype among them."""
+    if common_format(weights) != "float" and dim == 1 and len(weights) > 1:
+        raise ValueError(f"{len(weights)} {format_of(weights[0])} weights with dim 1: each has a scale of its own")
     dtype = reduce(torch.promote_types, (weight.dtype for weight in weights))
     along = sum(weight.shape[dim] for weight in weights)
     rows, columns = (along, weights[0].shape[1]) if dim == 0 else (weights[0].shape[0], along)
-    panels = empty_panels((), rows, columns, dtype)
-    at = 0
+    panels, place, scales = Panels.empty((), rows, columns, dtype), [0, 0], []
     for weight in weights:
-        pack_into(panels, weight.to(dtype), at if dim == 0 else 0, at if dim == 1 else 0, pool)
-        at += weight.shape[dim]
-    return PackedLinear(panels, None if bias is None else bias.float().contiguous(), rows, columns)
-
-
-def empty_panels(stack: tuple[int, ...], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Memory for panels; zeros where some of it belongs to no weight."""
-    panels = empty(*stack, -(-rows // PANEL), columns + columns % 2, PANEL, dtype=dtype)
-    prefer_huge_pages(panels.data_ptr(), panels.nbytes)
-    return panels.zero_() if rows % PANEL or columns % 2 else panels
-
-
-def pack_into(panels: Tensor, weight: Tensor, first_row: int, first_column: int, pool: Pool) -> None:
-    """weight [rows, columns], in the panels' dtype, into its place among outputs and K."""
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    rows, columns = weight.shape
-    width = panels.shape[-2]
-    PACK(
-        pool,
-        weight.data_ptr(),
-        FORMATS[panels.dtype],
-        rows,
-        columns,
-        weight.stride(0),
-        panels.data_ptr(),
-        width,
-        first_row,
-        first_column,
-    )
+        panels.pack(weight.to(dtype) if isinstance(weight, Tensor) else weight, pool, (), *place)
+        place[dim] += weight.shape[dim]
+        if (scale := scale_of(weight)) is not None:
+            scales.append(scale.expand(weight.shape[0]))
+    scale = torch.cat(scales) if scales else None
+    return PackedLinear(panels, scale, None if bias is None else bias.float().contiguous(), rows, columns)
 
 
 def linear(
@@ -100,10 +136,11 @@ def linear(
         columns,
         packed.in_features - columns,
         rows,
-        packed.panels.data_ptr(),
-        FORMATS[packed.panels.dtype],
-        packed.panels.shape[-2],
+        packed.panels.data.data_ptr(),
+        packed.panels.format,
+        packed.panels.width,
         packed.out_features,
+        0 if packed.scale is None else packed.scale.data_ptr(),
         0 if packed.bias is None else packed.bias.data_ptr(),
         0 if norm is None else norm.weight.data_ptr(),
         0.0 if norm is None else norm.eps,

@@ -7,38 +7,46 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headrace.kernels.formats import common_format
 from headrace.kernels.moe import Matrices, Routes, Routing
 from headrace.kernels.native.library import Op, Pool, empty, rows_of
-from headrace.kernels.native.linear import FORMATS, empty_panels, pack_into
+from headrace.kernels.native.linear import Panels, scale_of
 
 ROUTE = Op("route", "qqqqqqqqqdqq")
-EXPERTS = Op("experts", "qqqqqqqqqqqqqqqqq")
+EXPERTS = Op("experts", "qqqqqqqqqqqqqqqqqqq")
 
 
 @dataclass(frozen=True, slots=True)
 class PackedExperts:
-    """Experts as the kernel wants them: [E, panels, K, 32], tile.h."""
+    """Experts as the kernel wants them."""
 
-    up: Tensor
-    down: Tensor
+    up: Panels  # [E, ...]
+    down: Panels
+    up_scale: Tensor | None  # [E] fp32
+    down_scale: Tensor | None
     inner: int
 
 
 def pack_experts(up: Matrices, down: Matrices, *, pool: Pool) -> PackedExperts:
-    """Both in the wider dtype of the two."""
+    """As the reference's; floats in the wider dtype of the two."""
+    common_format((up, down))
     dtype = torch.promote_types(up.dtype, down.dtype)
-    panels, inner = _pack(up, dtype, pool)
-    return PackedExperts(panels, _pack(down, dtype, pool)[0], inner)
+    ups, up_scale, inner = _pack(up, dtype, pool)
+    downs, down_scale, _ = _pack(down, dtype, pool)
+    return PackedExperts(ups, downs, up_scale, down_scale, inner)
 
 
-def _pack(matrices: Matrices, dtype: torch.dtype, pool: Pool) -> tuple[Tensor, int]:
-    """Panels of all experts, and the outputs of each."""
+def _pack(matrices: Matrices, dtype: torch.dtype, pool: Pool) -> tuple[Panels, Tensor | None, int]:
+    """Panels of all experts, their scales, and the outputs of each."""
     first = matrices[0]
     rows, columns = first.shape
-    panels = empty_panels((len(matrices),), rows, columns, dtype)
+    panels, scales = Panels.empty((len(matrices),), rows, columns, dtype), []
     for expert in range(len(matrices)):
-        pack_into(panels[expert], (matrices[expert] if expert else first).to(dtype), 0, 0, pool)
-    return panels, rows
+        matrix = matrices[expert] if expert else first
+        panels.pack(matrix.to(dtype) if isinstance(matrix, Tensor) else matrix, pool, (expert,))
+        if (scale := scale_of(matrix)) is not None:
+            scales.append(scale.clone())
+    return panels, torch.stack(scales) if scales else None, rows
 
 
 def route(logits: Tensor, bias: Tensor, routing: Routing, *, pool: Pool) -> Routes:
@@ -80,14 +88,16 @@ def experts(x: Tensor, packed: PackedExperts, routes: Routes, *, residual: Tenso
         picked.shape[1],
         picked.data_ptr(),
         weights.data_ptr(),
-        packed.up.data_ptr(),
-        packed.down.data_ptr(),
-        FORMATS[packed.up.dtype],
-        packed.up.shape[0],
+        packed.up.data.data_ptr(),
+        packed.down.data.data_ptr(),
+        packed.up.format,
+        packed.up.data.shape[0],
         columns,
-        packed.up.shape[2],
+        packed.up.width,
         packed.inner,
-        packed.down.shape[2],
+        packed.down.width,
+        0 if packed.up_scale is None else packed.up_scale.data_ptr(),
+        0 if packed.down_scale is None else packed.down_scale.data_ptr(),
         0 if residual is None else rows_of(residual),
         0 if residual is None else residual.stride(0),
         y.data_ptr(),

@@ -12,11 +12,13 @@
 namespace headrace {
 
 struct PackArgs {
-    const std::byte* source;  // [rows, columns], in the panel's dtype
-    int64_t format, rows, columns, stride;
-    std::byte* panels;         // [outputs / 32 rounded up][width][32], zeros where no source stands; tile.h has the order
-    int64_t width;             // K of the panels, even
+    const std::byte* source;  // [rows, columns] in the panel's format; NVFP4: two columns a byte, the even one below
+    int64_t format, rows, columns, stride;  // stride in elements, NVFP4: bytes
+    const std::byte* block_scales;          // NVFP4: [rows, columns / 16], contiguous
+    std::byte* panels;         // [outputs / 32 rounded up], of ``width`` k; zeros where no source stands; panels.h
+    int64_t width;             // K of the panels, a multiple of the format's block
     int64_t first_row, first_column;  // where the source stands among outputs and K
+    int64_t* nans;                    // set to 1 if an FP8 weight is not a number, which PanelFp8 could not read
 };
 
 struct LinearArgs {
@@ -25,6 +27,7 @@ struct LinearArgs {
     int64_t rows;
     const std::byte* panels;
     int64_t format, width, outputs;
+    const float* scale;        // [outputs] or null: the factor of the products
     const float* bias;         // [outputs] or null
     const float* norm_weight;  // [columns 0 + 1] or null
     double norm_eps;
@@ -42,6 +45,8 @@ struct ExpertsArgs {
     const std::byte* up;     // per expert, panels of ``inner`` outputs over ``up_width``
     const std::byte* down;   // per expert, panels of ``outputs`` outputs over ``down_width``
     int64_t format, experts, columns, up_width, inner, down_width;
+    const float* up_scale;    // [experts] or null: the factor of the products
+    const float* down_scale;
     const float* residual;  // [rows, columns] or null
     int64_t residual_stride;
     float* y;  // [rows, columns]

@@ -8,11 +8,9 @@
 #include <algorithm>
 
 #include "dot_bf16.h"
-#include "simd.h"
+#include "panels.h"
 
 namespace headrace {
-
-constexpr int64_t PANEL = 32;  // outputs of a panel
 
 #if defined(__AVX512F__)
 constexpr int64_t ROWS = 12;  // of a register tile: 24 accumulators and 2 weights of 32 registers
@@ -30,39 +28,6 @@ constexpr int64_t DIRECT_WHOLE = 2;
 
 constexpr int64_t DEPTH = 128;       // of K that is unpacked at a time: 16 KiB of fp32, half a first-level cache
 constexpr int64_t BAND = 20 * ROWS;  // rows that share an unpacked piece; their accumulators stay in the second level
-
-// How a panel's weights lie in memory; the numbers are the ABI's (library.py).
-enum Format : int64_t { FP32 = 0, BF16 = 1, FP16 = 2 };
-
-// A reader of one format: 16 outputs of a panel at two consecutive k, as fp32. ``at`` is the pair's first byte, ``half``
-// says which outputs. K is even; packing pads it with zeros.
-struct PanelF32 {
-    static constexpr int64_t STRIDE = PANEL * 4;  // bytes of one k
-    HEADRACE_INLINE static void pair(const std::byte* at, int half, Float& even, Float& odd) {
-        const auto* p = reinterpret_cast<const float*>(at) + 16 * half;
-        even = load(p), odd = load(p + PANEL);
-    }
-};
-
-// Two bf16 of consecutive k share a word, the even one below: a shift and a mask make floats of them, no shuffle.
-struct PanelBF16 {
-    static constexpr int64_t STRIDE = PANEL * 2;
-    HEADRACE_INLINE static void pair(const std::byte* at, int half, Float& even, Float& odd) {
-        const Int words = load(reinterpret_cast<const int32_t*>(at) + 16 * half);
-        even = as_float(shift_left<16>(words));
-        odd = as_float(words & splat(int32_t(0xffff0000u)));
-    }
-};
-
-struct PanelF16 {
-    static constexpr int64_t STRIDE = PANEL * 2;
-    HEADRACE_INLINE static void pair(const std::byte* at, int half, Float& even, Float& odd) {
-        const auto* p = reinterpret_cast<const uint16_t*>(at) + 16 * half;
-        even = load_f16(p), odd = load_f16(p + PANEL);
-    }
-};
-
-HEADRACE_INLINE int64_t panel_bytes(Format format, int64_t depth) { return depth * PANEL * (format == FP32 ? 4 : 2); }
 
 // c[m][0..16 V) += panel[depth][16 V] * x: M rows of V vectors, accumulators in registers.
 // panel: stride ``ld`` floats between k. x: element (m, k) at m * row_step + k * k_step. c: stride ``ldc`` between rows.
@@ -115,9 +80,11 @@ inline void tile_rows(int64_t rows, const float* panel, int64_t ld, int64_t dept
     }
 }
 
-// c[rows][16 * vectors] += panel * x for any number of rows and vectors. ahead: memory to be asked for meanwhile, or null.
+// c[rows][16 * vectors] += panel * x for any number of rows and vectors. ahead: memory to be asked for meanwhile, or null;
+// ``stride`` bytes of it for each k and VECTORS of the vectors.
 inline void multiply(const float* panel, int64_t ld, int64_t vectors, int64_t depth, const float* x, int64_t k_step,
-                     int64_t row_step, int64_t rows, float* c, int64_t ldc, const std::byte* ahead = nullptr) {
+                     int64_t row_step, int64_t rows, float* c, int64_t ldc, const std::byte* ahead = nullptr,
+                     int64_t stride = 0) {
     const auto* here = reinterpret_cast<const std::byte*>(c);
     for (int64_t row = 0; row < rows; row += ROWS) {
         const int64_t some = std::min(ROWS, rows - row);
@@ -125,7 +92,7 @@ inline void multiply(const float* panel, int64_t ld, int64_t vectors, int64_t de
         int64_t v = 0;
         for (; v + VECTORS <= vectors; v += VECTORS)
             tile_rows<VECTORS>(some, panel + 16 * v, ld, depth, x + row * row_step, k_step, row_step,
-                               c + row * ldc + 16 * v, ldc, asks ? ahead + v * depth * 64 : here, asks ? 64 : 0);
+                               c + row * ldc + 16 * v, ldc, asks ? ahead + v / VECTORS * depth * stride : here, asks ? stride : 0);
         if (v < vectors)
             tile_rows<1>(some, panel + 16 * v, ld, depth, x + row * row_step, k_step, row_step,
                          c + row * ldc + 16 * v, ldc, here, 0);
@@ -148,23 +115,28 @@ HEADRACE_INLINE void direct(const std::byte* panel, int half, int64_t width, con
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) acc[m][v] = splat(0.0f);
-    for (int64_t k = 0; k < width; k += 2) {
-        Float even[V], odd[V];
-        const std::byte* at = panel + k * Panel::STRIDE;
-        for (int64_t line = 0; line < 2 * Panel::STRIDE; line += 64) __builtin_prefetch(at + AHEAD + line);
+    for (int64_t k0 = 0; k0 < width; k0 += Panel::BLOCK) {
+        const std::byte* at = panel + panel_offset<Panel>(k0);
+        for (int64_t line = 0; line < panel_offset<Panel>(Panel::BLOCK); line += 64) __builtin_prefetch(at + AHEAD + line);
+        Panel blocks[V];
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) Panel::pair(at, half + v, even[v], odd[v]);
+        for (int v = 0; v < V; ++v) blocks[v].open(at, half + v);
+        for (int64_t k = k0; k < k0 + Panel::BLOCK; k += 2) {
+            Float even[V], odd[V];
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) blocks[v].pair(k - k0, even[v], odd[v]);
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-            const Float value = splat(x[k * M + m]);
+            for (int m = 0; m < M; ++m) {
+                const Float value = splat(x[k * M + m]);
 #pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) acc[m][v] = fma(even[v], value, acc[m][v]);
-        }
+                for (int v = 0; v < V; ++v) acc[m][v] = fma(even[v], value, acc[m][v]);
+            }
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-            const Float value = splat(x[(k + 1) * M + m]);
+            for (int m = 0; m < M; ++m) {
+                const Float value = splat(x[(k + 1) * M + m]);
 #pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) acc[m][v] = fma(odd[v], value, acc[m][v]);
+                for (int v = 0; v < V; ++v) acc[m][v] = fma(odd[v], value, acc[m][v]);
+            }
         }
     }
 #pragma GCC unroll 16
@@ -187,21 +159,27 @@ inline void direct_panel(const std::byte* panel, int64_t width, const float* x, 
 // More rows: a piece of the panel is unpacked to fp32 once and used for all of them.
 template <class Panel>
 inline void banded(const std::byte* panel, int64_t width, const float* x, int64_t rows, float* c, float* unpacked) {
+    constexpr int64_t AHEAD = std::min(int64_t(64), Panel::BYTES / Panel::BLOCK * VECTORS / 2);
     for (int64_t i = 0; i < rows * PANEL; i += 16) store(c + i, splat(0.0f));
     for (int64_t k0 = 0; k0 < width; k0 += DEPTH) {
         const int64_t depth = std::min(DEPTH, width - k0);
-        const std::byte* piece = panel + k0 * Panel::STRIDE;
-        for (int64_t k = 0; k < depth; k += 2)
+        const std::byte* piece = panel + panel_offset<Panel>(k0);
+        for (int64_t block = 0; block < depth; block += Panel::BLOCK)
             for (int half = 0; half < 2; ++half) {
-                Float even, odd;
-                Panel::pair(piece + k * Panel::STRIDE, half, even, odd);
-                store(unpacked + k * PANEL + 16 * half, even), store(unpacked + (k + 1) * PANEL + 16 * half, odd);
+                Panel opened;
+                opened.open(piece + panel_offset<Panel>(block), half);
+                for (int64_t k = 0; k < Panel::BLOCK; k += 2) {
+                    Float even, odd;
+                    opened.pair(k, even, odd);
+                    float* out = unpacked + (block + k) * PANEL + 16 * half;
+                    store(out, even), store(out + PANEL, odd);
+                }
             }
         for (int64_t row = 0; row < rows; row += ROWS) {
             const int64_t some = std::min(ROWS, rows - row);
             // While a piece is used the memory would be idle: the next one is asked for.
             multiply(unpacked, PANEL, 2, depth, x + row * width + k0 * some, some, 1, some, c + row * PANEL, PANEL,
-                     row ? nullptr : piece + depth * Panel::STRIDE);
+                     row ? nullptr : piece + panel_offset<Panel>(depth), AHEAD);
         }
     }
 }
@@ -240,6 +218,8 @@ inline void multiply_panel(Format format, const std::byte* panel, int64_t width,
         case BF16: return multiply_panel<PanelBF16>(panel, width, x, rows, c, own);
 #endif
         case FP16: return multiply_panel<PanelF16>(panel, width, x, rows, c, own);
+        case FP8: return multiply_panel<PanelFp8>(panel, width, x, rows, c, own);
+        case NVFP4: return multiply_panel<PanelNvfp4>(panel, width, x, rows, c, own);
     }
 }
 

@@ -20,11 +20,13 @@ class Driver:
         max_tokens: int = 512,
         page_size: int = 16,
         dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
         self.model = model
         per_slot = -(-max_tokens // page_size)
-        self.caches = Caches.allocate(model.config, num_slots, num_slots * per_slot, page_size, dtype=dtype)
+        pages = num_slots * per_slot
+        self.caches = Caches.allocate(model.config, num_slots, pages, page_size, dtype=dtype, kv_dtype=kv_dtype)
         for tensor in (*self.caches.keys, *self.caches.values, *self.caches.conv, *self.caches.ssm):
             tensor.fill_(torch.nan)
         order = torch.randperm(num_slots * per_slot, generator=torch.Generator().manual_seed(seed))

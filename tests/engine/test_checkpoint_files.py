@@ -259,7 +259,7 @@ DAMAGE = {
     "wrong shape": (edit(lambda header: header[EMBEDDING].update(shape=[8, 11])), [EMBEDDING, "[8, 11]", "[11, 8]"]),
     "flat shape": (edit(lambda header: header[EMBEDDING].update(shape=[88])), [EMBEDDING, "[88]", "[11, 8]"]),
     "wrong dtype": (set_entry("dtype", "I32"), [NAME, "'I32'", "BF16"]),
-    "quantised dtype": (set_entry("dtype", "F8_E4M3"), [NAME, "'F8_E4M3'", "F16"]),
+    "quantised dtype": (set_entry("dtype", "F8_E5M2"), [NAME, "'F8_E5M2'", "F8_E4M3"]),
     "dtype of another type": (set_entry("dtype", ["F32"]), [NAME, "['F32']"]),
     "metadata of another type": (edit(lambda header: header.update({"__metadata__": [1]})), [SINGLE]),
 }

@@ -10,10 +10,11 @@ from networks import Scripted, scripted_engine
 from headrace.engine import Engine, EngineConfig, EngineFailed, GenerationError, options
 from headrace.engine.cli import main
 from headrace.engine.config import ModelConfig
-from headrace.engine.engine import EMBEDDED_MODEL, step_bytes
+from headrace.engine.engine import EMBEDDED_MODEL
 from headrace.engine.model import Caches
 from headrace.engine.run.device import Device
 from headrace.engine.run.memory import plan_caches, unit_bytes
+from headrace.engine.sizing import step_bytes
 from headrace.kernels import select
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -8,10 +8,12 @@ from checkpoints import make_checkpoint
 from driver import Driver, random_prompt
 from torch import Tensor
 
+from headrace.engine.cli.quantize import quantize_checkpoint
 from headrace.engine.model import Caches, NemotronH, load_model
 
 MODELS = {
     "latent MoE": ("MEM*EM-*E", {"moe_latent_size": 32}),
+    "quantised": ("MEM*E-", {"moe_latent_size": 32, "moe_intermediate_size": 48}),
     "group-limited, one group of B and C": ("ME*M", {"n_group": 4, "topk_group": 2, "n_groups": 1}),
     "odd sizes": (
         "M*EM",
@@ -24,7 +26,11 @@ MODELS = {
 @pytest.fixture(scope="module", params=MODELS)
 def model(request, tmp_path_factory) -> NemotronH:
     pattern, settings = MODELS[request.param]
-    return load_model(make_checkpoint(tmp_path_factory.mktemp("checkpoint"), pattern, **settings).folder)
+    folder = make_checkpoint(tmp_path_factory.mktemp("checkpoint"), pattern, **settings).folder
+    if request.param == "quantised":
+        quantize_checkpoint(folder, quantised := tmp_path_factory.mktemp("quantised"), "nvfp4")
+        folder = quantised
+    return load_model(folder)
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:

@@ -7,7 +7,7 @@ they also run there (``pytest -m gpu``), with every tensor of the test on it.
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from headrace.kernels import BACKENDS, MODULES
+from headrace.kernels import BACKENDS, FORMATS, MODULES
+from headrace.kernels.formats import format_of
 from headrace.kernels.native.library import EXACT_PATHS, NotBuilt, Pool, available_paths
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -62,9 +63,22 @@ class Ops:
         if op not in MODULES:
             raise AttributeError(op)
         function = getattr(import_module(f"{BACKENDS[self.backend]}.{MODULES[op]}"), op)
+        if op.startswith("pack"):
+            function = self.known_formats(function)
         if not self.path:
             return function
         return lambda *args, **options: function(*args, **options, pool=pool_of(torch.get_num_threads(), self.path))
+
+    def known_formats(self, pack: Callable[..., object]) -> Callable[..., object]:
+        """Skips a test whose weights this backend has no kernels for."""
+
+        def packed(*weights: object, **options: object) -> object:
+            given = weights[0] if isinstance(weights[0], list) else weights
+            if missing := {format_of(weight) for weight in given} - FORMATS[self.backend]:
+                pytest.skip(f"no {self.backend} kernels for {', '.join(missing)} weights")
+            return pack(*weights, **options)
+
+        return packed
 
 
 @pytest.fixture(params=WAYS)

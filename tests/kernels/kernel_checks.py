@@ -6,12 +6,32 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from headrace.kernels.formats import Format, Fp8, Nvfp4, Weight, tensors_of
+from headrace.kernels.quantize import quantize_fp8, quantize_nvfp4
+
 THREADS = (1, 2, 3)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     """A generator on the device that the test runs on."""
     return torch.Generator(device=torch.get_default_device()).manual_seed(seed)
+
+
+def stored_as(form: Format, weight: Tensor) -> Weight:
+    """A matrix, or a stack of them, in a format; each of a stack is encoded by itself."""
+    if form == "float":
+        return weight
+    if weight.dim() == 2:
+        return quantize_fp8(weight) if form == "fp8" else quantize_nvfp4(weight)
+    parts = zip(*(tensors_of(stored_as(form, matrix)) for matrix in weight), strict=True)
+    return (Fp8 if form == "fp8" else Nvfp4)(*(torch.stack(part) for part in parts))
+
+
+def exact_weight(weight: Weight) -> Tensor:
+    """In float64, what is stored."""
+    if isinstance(weight, Tensor):
+        return weight.double()
+    return weight.unscaled().double() * weight.scale.double()[..., None, None]
 
 
 def assert_close(actual: Tensor, expected: Tensor, terms: int = 1) -> None:

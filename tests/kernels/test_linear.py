@@ -5,10 +5,21 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from kernel_checks import assert_close, assert_same_bits, same_for_all_threads, scattered, seeded
+from kernel_checks import (
+    assert_close,
+    assert_same_bits,
+    exact_weight,
+    same_for_all_threads,
+    scattered,
+    seeded,
+    stored_as,
+)
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from headrace.kernels.linear import bmm
+from headrace.kernels.formats import Format, Fp8, Nvfp4, Weight
+from headrace.kernels.linear import bmm, linear, pack_linear
 from headrace.kernels.norm import Norm
 
 
@@ -23,6 +34,7 @@ class Case:
     relu2: bool = False
     residual: bool = False
     dtype: torch.dtype = torch.float32
+    format: Format = "float"
 
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -47,8 +59,23 @@ CASES = [
     Case(5, 130, 50, second=260, relu2=True, residual=True, dtype=BF16),
     Case(33, 48, 200, second=80, groups=1, bias=True, dtype=BF16),
     Case(70, 256, 33, groups=2, dtype=BF16),
+    Case(0, 16, 16, format="fp8"),
+    Case(1, 1, 1, format="fp8"),
+    Case(3, 37, 50, bias=True, format="fp8"),
+    Case(17, 96, 33, groups=3, bias=True, residual=True, format="fp8"),
+    Case(5, 41, 70, second=24, relu2=True, residual=True, format="fp8"),
+    Case(2, 16, 1, format="nvfp4"),
+    Case(1, 176, 704, groups=1, format="nvfp4"),
+    Case(33, 48, 100, second=80, groups=1, bias=True, format="nvfp4"),
+    Case(5, 40, 70, second=24, relu2=True, residual=True, format="nvfp4"),
 ]
-LARGE = [Case(31, 4096, 1), Case(64, 160, 640), Case(3, 2048, 1000, groups=8, residual=True)]
+LARGE = [
+    Case(31, 4096, 1),
+    Case(64, 160, 640),
+    Case(3, 2048, 1000, groups=8, residual=True),
+    Case(18, 1040, 1100, format="fp8"),  # more than the reference expands at a time
+    Case(18, 2048, 1030, relu2=True, format="nvfp4"),
+]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ALL = CASES if INTERPRETED else CASES + LARGE
 WITH_ROWS = [case for case in ALL if case.rows]
@@ -58,7 +85,7 @@ REFERENCE_ONLY = pytest.mark.skipif(INTERPRETED, reason="about the reference's o
 @dataclass
 class Problem:
     x: Tensor | tuple[Tensor, Tensor]
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None
     norm: Norm | None
     residual: Tensor | None
@@ -75,7 +102,7 @@ class Problem:
         x = random(case.rows, case.inputs) * 3
         return cls(
             (x, random(case.rows, case.second)) if case.second else x,
-            random(case.outputs, width).to(case.dtype),
+            stored_as(case.format, random(case.outputs, width).to(case.dtype)),
             random(case.outputs) if case.bias else None,
             Norm(random(width), 1e-5, case.groups) if case.groups else None,
             random(case.rows, case.outputs) if case.residual else None,
@@ -104,24 +131,25 @@ class Problem:
         return torch.cat(parts, 1)
 
     def exact(self) -> Tensor:
-        y = self.operands() @ self.weight.double().t()
+        y = self.operands() @ exact_weight(self.weight).t()
         y = y if self.bias is None else y + self.bias.double()
         return y if self.residual is None else y + self.residual.double()
 
 
 def assert_right(actual: Tensor, problem: Problem, kernels) -> None:
-    """Against float64. The reference multiplies fp32 operands; kernels round them to the weights' dtype.
+    """Against float64. The reference multiplies fp32 operands; kernels may round them to bf16, unless weights are fp32
+    or fp16.
 
     A bf16 operand is off by up to 2^-8 of itself, its error uniform: the errors of K products add up to a standard
     deviation of at most 2^-8 / sqrt(3) times the root of the sum of their squares. Six of those are never seen by
     chance; one term of K = 300 that is wrong weighs 25 of them.
     """
     exact = problem.exact()
-    if problem.weight.dtype != BF16 or kernels.backend == "reference":
+    if problem.weight.dtype in (torch.float32, FP16) or kernels.backend == "reference":
         assert_close(actual, exact, problem.weight.shape[1])
         return
     assert actual.shape == exact.shape and actual.dtype == torch.float32
-    deviation = (problem.operands().square() @ problem.weight.double().square().t()).sqrt() * 2**-8 / 3**0.5
+    deviation = (problem.operands().square() @ exact_weight(problem.weight).square().t()).sqrt() * 2**-8 / 3**0.5
     worst = ((actual.double() - exact).abs() / (6 * deviation + 1e-6)).max() if exact.numel() else 0
     assert worst <= 1, f"{float(worst):.2f} times the bound"
 
@@ -139,6 +167,53 @@ def test_bf16_operands_are_rounded_once(kernels):
     x = torch.randint(-8, 9, (5, 200), generator=seeded()).float()
     weight = torch.randint(-8, 9, (9, 200), generator=seeded(1)).to(BF16)
     assert_same_bits(kernels.linear(x, kernels.pack_linear([weight])), (x.double() @ weight.double().t()).float())
+
+
+def whole_numbers(form: Format, outputs: int, width: int, scale: float) -> tuple[Tensor, Weight]:
+    """(unscaled [N, K], the weight): small whole numbers, stored with block scales 1 to 4."""
+    generator = seeded(1)
+    factor = torch.tensor(scale)
+    if form == "fp8":
+        unscaled = torch.randint(-8, 9, (outputs, width), generator=generator).float()
+        return unscaled, Fp8(unscaled.to(torch.float8_e4m3fn), factor)
+    codes = torch.randint(0, 256, (outputs, width // 2), generator=generator, dtype=torch.uint8)
+    blocks = torch.randint(1, 3, (outputs, width // 16), generator=generator).float() * 2
+    weight = Nvfp4(codes, blocks.to(torch.float8_e4m3fn), factor)
+    return weight.unscaled().float(), weight
+
+
+@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+def test_the_scale_multiplies_the_finished_sum(kernels, form):
+    """Sums of whole numbers are exact in any order: what is left is one rounding, that of scale times sum."""
+    x = torch.randint(-8, 9, (5, 208), generator=seeded()).float()
+    unscaled, weight = whole_numbers(form, 39, 208, 0.0371)
+    bias, residual = torch.randn(39, generator=seeded(2)), torch.randn(5, 39, generator=seeded(3))
+    product = (x.double() @ unscaled.double().t()).float() * weight.scale
+    assert_same_bits(kernels.linear(x, kernels.pack_linear([weight])), product)
+    fused = kernels.linear(x, kernels.pack_linear([weight], bias), residual=residual)
+    assert_same_bits(fused, residual + (product + bias))
+
+
+@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+def test_several_quantised_weights_side_by_side(kernels, form):
+    """Each output keeps its own weight's scale; sizes that are no whole tiles."""
+    x = torch.randint(-8, 9, (4, 48), generator=seeded()).float()
+    parts = [whole_numbers(form, outputs, 48, scale) for outputs, scale in ((7, 0.0371), (32, 1.7), (20, 1e-6))]
+    expected = [(x.double() @ unscaled.double().t()).float() * weight.scale for unscaled, weight in parts]
+    packed = kernels.pack_linear([weight for _, weight in parts])
+    assert_same_bits(kernels.linear(x, packed), torch.cat(expected, 1))
+
+
+@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+def test_quantised_weights_that_cannot_be_one(kernels, form):
+    weight = stored_as(form, torch.randn(8, 16, generator=seeded()))
+    with pytest.raises(ValueError, match=f"2 {form} weights with dim 1: each has a scale of its own"):
+        kernels.pack_linear([weight, weight], dim=1)
+    with pytest.raises(ValueError, match=f"one format, got float, {form}"):
+        kernels.pack_linear([torch.ones(8, 16), weight])
+    one = kernels.pack_linear([weight], dim=1)
+    x = torch.randn(2, 16, generator=seeded(1))
+    assert_same_bits(kernels.linear(x, one), kernels.linear(x, kernels.pack_linear([weight])))
 
 
 @pytest.mark.parametrize("case", WITH_ROWS, ids=str)
@@ -229,6 +304,25 @@ def test_bmm_does_not_see_batch_or_threads():
             order = torch.randperm(16, generator=generator)
             assert_same_bits(bmm(a[:, order], b), expected[:, order])
             assert_close(expected, a.double() @ b.double(), inner)
+
+
+@REFERENCE_ONLY
+def test_stored_bytes_are_all_that_stays():
+    """The reference keeps no full-precision copy of a quantised weight, nor makes one."""
+    for form, share in (("fp8", 1), ("nvfp4", 0.5625)):
+        packed = pack_linear([stored_as(form, torch.randn(1600, 1600, generator=seeded()))])
+        assert packed.weight.nbytes == 1600 * 1600 * share + 4
+        sizes = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None, sizes=sizes):
+                result = function(*args, **(kwargs or {}))
+                sizes.extend(t.untyped_storage().nbytes() for t in tree_leaves(result) if isinstance(t, Tensor))
+                return result
+
+        with Watch():
+            linear(torch.randn(2, 1600), packed)
+        assert max(sizes) <= max(4 << 20, packed.weight.nbytes)
 
 
 @REFERENCE_ONLY

@@ -4,9 +4,18 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from kernel_checks import assert_close, assert_same_bits, same_for_all_threads, scattered, seeded
+from kernel_checks import (
+    assert_close,
+    assert_same_bits,
+    exact_weight,
+    same_for_all_threads,
+    scattered,
+    seeded,
+    stored_as,
+)
 from torch import Tensor
 
+from headrace.kernels.formats import Format, Weight
 from headrace.kernels.moe import Routes, Routing
 
 
@@ -147,6 +156,7 @@ class Case:
     width: int
     inner: int
     pick: str = "random"  # random | one: all rows on one expert | none_first: expert 0 has no row
+    format: Format = "float"
 
 
 CASES = [
@@ -160,14 +170,28 @@ CASES = [
     Case(20, 30, 22, 32, 48),
     Case(3, 4, 2, 600, 70),  # too wide for fp32 experts in one launch
 ]
+QUANTISED = [
+    Case(0, 4, 2, 16, 32, format="fp8"),
+    Case(5, 3, 1, 7, 5, format="fp8"),
+    Case(33, 16, 4, 64, 128, format="fp8"),
+    Case(1, 16, 4, 64, 128, format="nvfp4"),
+    Case(33, 7, 3, 48, 80, format="nvfp4"),
+    Case(19, 6, 3, 16, 32, "none_first", format="nvfp4"),
+    Case(40, 8, 1, 16, 32, "one", format="nvfp4"),
+    Case(20, 30, 22, 32, 48, format="nvfp4"),
+    Case(2, 3, 2, 1040, 1056, format="nvfp4"),  # more than the reference expands at a time
+]
 
 
-def inputs(case: Case, seed: int = 0) -> tuple[Tensor, ...]:
-    """x, up, down, picked, weights."""
+def inputs(case: Case, seed: int = 0) -> tuple[Tensor, Weight, Weight, Tensor, Tensor]:
+    """x, up, down, picked, weights; of quantised experts each has a scale of its own."""
     generator = seeded(seed)
     x = torch.randn(case.rows, case.width, generator=generator)
     up = torch.randn(case.experts, case.inner, case.width, generator=generator) * case.width**-0.5
     down = torch.randn(case.experts, case.width, case.inner, generator=generator) * case.inner**-0.5
+    if case.format != "float":
+        sizes = torch.linspace(0.5, 2, case.experts)[:, None, None]
+        up, down = stored_as(case.format, up * sizes), stored_as(case.format, down * sizes.flip(0))
     order = torch.rand(case.rows, case.experts, generator=generator)
     if case.pick == "none_first":
         order[:, 0] = 2.0
@@ -187,28 +211,32 @@ def routes_to(kernels, picked: Tensor, weights: Tensor, experts: int) -> Routes:
 
 
 def exact_experts(
-    x: Tensor, up: Tensor, down: Tensor, picked: Tensor, weights: Tensor, dtype: torch.dtype = torch.float64
+    x: Tensor, up: Weight, down: Weight, picked: Tensor, weights: Tensor, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
     """(the result, the largest single term's magnitude per row) in float64; what is multiplied is rounded to dtype."""
     out = torch.zeros(x.shape, dtype=torch.float64)
     largest = torch.zeros(x.shape[0], 1, dtype=torch.float64)
+    up, down = exact_weight(up), exact_weight(down)
     for row in range(x.shape[0]):
         for expert, weight in zip(picked[row].tolist(), weights[row].tolist(), strict=True):
-            inner = (up[expert].double() @ x[row].to(dtype).double()).clamp(min=0).square().to(dtype).double()
-            terms = weight * down[expert].double() * inner
+            inner = (up[expert] @ x[row].to(dtype).double()).clamp(min=0).square().to(dtype).double()
+            terms = weight * down[expert] * inner
             out[row] += terms.sum(1)
             largest[row] = max(largest[row], terms.abs().max())
     return out, largest
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + QUANTISED, ids=str)
 def test_experts(kernels, case):
     x, up, down, picked, weights = inputs(case)
     routes = routes_to(kernels, picked, weights, case.experts)
     packed = kernels.pack_experts(up, down)
     actual = kernels.experts(x, packed, routes)
-    expected, _ = exact_experts(x, up, down, picked, weights)
-    assert_close(actual, expected, case.width + case.inner + case.top_k)
+    if case.format != "float" and kernels.backend == "triton":
+        assert_rounded_alike(actual, kernels, x, up, down, picked, weights)
+    else:
+        expected, _ = exact_experts(x, up, down, picked, weights)
+        assert_close(actual, expected, case.width + case.inner + case.top_k)
     strided = replace(routes, weights=scattered(weights))
     assert_same_bits(kernels.experts(scattered(x), packed, strided), actual)
     residual = torch.randn(x.shape, generator=seeded(1))
@@ -226,12 +254,14 @@ def test_experts_in_bf16(kernels, case):
     """
     x, up, down, picked, weights = inputs(case)
     up, down = up.bfloat16(), down.bfloat16()
-    packed = kernels.pack_experts(up, down)
-    actual = kernels.experts(x, packed, routes_to(kernels, picked, weights, case.experts))
-    rounded = torch.bfloat16 if kernels.backend == "triton" else torch.float64
-    expected, largest = exact_experts(x, up, down, picked, weights, rounded)
-    assert actual.dtype == torch.float32
-    assert ((actual - expected).abs() <= 2 * 2**-7 * largest + 1e-5 * expected.abs().max()).all()
+    actual = kernels.experts(x, kernels.pack_experts(up, down), routes_to(kernels, picked, weights, case.experts))
+    assert_rounded_alike(actual, kernels, x, up, down, picked, weights)
+
+
+def assert_rounded_alike(actual: Tensor, kernels, *problem) -> None:
+    expected, largest = exact_experts(*problem, torch.bfloat16 if kernels.backend == "triton" else torch.float64)
+    assert actual.dtype == torch.float32 and actual.shape == expected.shape
+    assert ((actual - expected).abs() <= 2 * 2**-7 * largest + 1e-5 * expected.abs().amax((0, 1), True)).all()
 
 
 def test_fp16_experts_keep_their_precision(kernels):
@@ -242,7 +272,47 @@ def test_fp16_experts_keep_their_precision(kernels):
     assert_close(kernels.experts(x, kernels.pack_experts(up, down), routes), expected, 16 + 24 + 2)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.rows], ids=str)
+@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+def test_scales_multiply_finished_sums(kernels, form):
+    """Whole numbers, and of every expert another power of two: nothing is rounded, so nothing may differ."""
+    generator, experts, width, inner = seeded(6), 5, 32, 48
+    x = torch.randint(-2, 3, (9, width), generator=generator).float()
+    up = torch.randint(-1, 2, (experts, inner, width), generator=generator).float()
+    down = torch.randint(-1, 2, (experts, width, inner), generator=generator).float()
+    for weight in (up, down):  # a largest value from which the encoder makes a power of two
+        weight[:, 0, :16] = 0
+        weight[:, 0, 0] = 7 if form == "fp8" else 21
+    scales = 2.0 ** torch.arange(-2, 3)
+    packed = kernels.pack_experts(with_scales(form, up, scales), with_scales(form, down, scales.flip(0) / 8))
+    picked = torch.rand(9, experts, generator=generator).argsort(-1)[:, :2].contiguous()
+    weights = torch.tensor([[0.5, 2.0]]).expand(9, 2).contiguous()
+    dense = up * scales[:, None, None], down * scales.flip(0)[:, None, None] / 8
+    expected, _ = exact_experts(x, *dense, picked, weights)
+    rounded, _ = exact_experts(x, *dense, picked, weights, torch.bfloat16)
+    assert_same_bits(
+        kernels.experts(x, packed, routes_to(kernels, picked, weights, experts)),
+        (rounded if kernels.backend == "triton" else expected).float(),
+    )
+
+
+def with_scales(form: Format, weight: Tensor, scales: Tensor) -> Weight:
+    """weight [E, N, K] as unscaled values, and scales [E]."""
+    stored = stored_as(form, weight)
+    unscaled = stored.unscaled().float() * stored.scale[:, None, None]
+    assert torch.equal(unscaled, weight), "whole numbers that the format holds"
+    return replace(stored, scale=stored.scale * scales)
+
+
+@pytest.mark.parametrize("form", ["float", "fp8", "nvfp4"])
+def test_experts_of_two_formats_are_refused(kernels, form):
+    _, up, down, *_ = inputs(Case(1, 4, 2, 32, 48, format=form))
+    _, _, other, *_ = inputs(Case(1, 4, 2, 32, 48, format="nvfp4" if form == "fp8" else "fp8"))
+    kernels.pack_experts(up, down)
+    with pytest.raises(ValueError, match=f"one format, got {form}, "):
+        kernels.pack_experts(up, other)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES + QUANTISED if case.rows], ids=str)
 def test_a_token_does_not_see_the_others(kernels, case):
     x, up, down, picked, weights = inputs(case, 1)
     packed = kernels.pack_experts(up, down)

@@ -140,20 +140,44 @@ Bytes Case::byte_matrix(int64_t format, int64_t rows, int64_t columns, float sca
     return {elements(format, length_of(rows, columns, stride), scale), stride};
 }
 
+int64_t Case::padded(int64_t format, int64_t columns) {
+    const int64_t block = format == NVFP4 ? 16 : 2;
+    return (columns + block - 1) / block * block;
+}
+
 std::vector<std::byte> Case::panels(int64_t format, int64_t outputs, int64_t columns) {
-    const int64_t width = columns + columns % 2;
+    const int64_t width = padded(format, columns);
+    if (format == NVFP4) return nvfp4_panels(outputs, width);
     std::vector<std::byte> panels(size_t((outputs + 31) / 32 * 32 * width * bytes_of(format)));
+    int64_t nans = 0;
     const bool below = once_in(2);  // parts below one another, else side by side
     for (int64_t at = 0, whole = below ? outputs : columns; at < whole;) {
         const int64_t part = once_in(2) ? whole - at : between(1, whole - at);
         const int64_t rows = below ? part : outputs, wide = below ? columns : part;
         const Bytes source = byte_matrix(format, rows, wide, 0.5f);
-        const headrace::PackArgs args{source.values.data(), format, rows, wide, source.stride, panels.data(), width,
-                                      below ? at : 0, below ? 0 : at};
+        const headrace::PackArgs args{source.values.data(), format, rows, wide, source.stride, nullptr, panels.data(),
+                                      width, below ? at : 0, below ? 0 : at, &nans};
         run("pack", args);
         at += part;
     }
     result(format, panels);
+    add(uint64_t(nans));
+    return panels;
+}
+
+// Their bytes are a path's own: products tell whether they are right.
+std::vector<std::byte> Case::nvfp4_panels(int64_t outputs, int64_t width) {
+    std::vector<std::byte> panels(size_t((outputs + 31) / 32 * width / 16 * 288));
+    for (int64_t at = 0; at < outputs;) {
+        const int64_t part = once_in(2) ? outputs - at : between(1, outputs - at), stride = stride_of(width / 2);
+        std::vector<std::byte> codes(size_t(length_of(part, width / 2, stride)));
+        for (std::byte& code : codes) code = std::byte(between(0, 255));
+        const std::vector<std::byte> scales = elements(E4M3, part * width / 16);
+        const headrace::PackArgs args{codes.data(), NVFP4, part, width, stride, scales.data(), panels.data(), width, at, 0,
+                                      nullptr};
+        run("pack", args);
+        at += part;
+    }
     return panels;
 }
 

@@ -8,7 +8,9 @@
 
 namespace exercise {
 
-enum Format : int64_t { FP32 = 0, BF16 = 1, FP16 = 2, E4M3 = 3 };  // tile.h and attention.h have these numbers
+// panels.h and attention.h have these numbers.
+enum Format : int64_t { FP32 = 0, BF16 = 1, FP16 = 2, E4M3 = 3, NVFP4 = 4 };
+// Of an element; NVFP4 has none.
 inline int64_t bytes_of(int64_t format) { return format == FP32 ? 4 : format == E4M3 ? 1 : 2; }
 
 // SplitMix64 (Steele, Lea and Flood 2014): a counter, and a bijection of its words.
@@ -69,8 +71,9 @@ public:
     std::vector<std::byte> elements(int64_t format, int64_t count, float scale = 1.0f);
     Matrix matrix(int64_t rows, int64_t columns, float scale = 1.0f);
     Bytes byte_matrix(int64_t format, int64_t rows, int64_t columns, float scale = 1.0f);
-    // Weights [outputs, columns], from several parts side by side, as tile.h wants them.
+    // Weights [outputs, columns], from several parts side by side, as panels.h wants them.
     std::vector<std::byte> panels(int64_t format, int64_t outputs, int64_t columns);
+    static int64_t padded(int64_t format, int64_t columns);  // K of such panels
 
     template <class Args>
     void run(const char* op, const Args& args) {
@@ -97,6 +100,7 @@ private:
     std::string sizes;
 
     void run(const char* op, const void* args, size_t bytes);
+    std::vector<std::byte> nvfp4_panels(int64_t outputs, int64_t width);
     void add(uint64_t value) { hash = mix(hash ^ value); }
     int64_t stride_of(int64_t columns) { return once_in(2) ? columns : columns + between(1, 9); }
     int64_t length_of(int64_t rows, int64_t columns, int64_t stride) const;

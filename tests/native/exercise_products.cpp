@@ -34,21 +34,22 @@ struct Prologue {
 
 void linear(Case& c) {
     const Prologue prologue(c);
-    const int64_t width = prologue.width(), format = c.size(FP32, FP16), outputs = c.size(1, width > 200 ? 40 : 100);
+    const int64_t width = prologue.width(), format = c.size(FP32, NVFP4), outputs = c.size(1, width > 200 ? 40 : 100);
     const int64_t rows = width > 200 ? c.size(1, 5) : c.once_in(6) && width < 40 ? c.size(60, 260) : c.size(1, 40);
     const auto panels = c.panels(format, outputs, width);
     const Matrix first = c.matrix(rows, prologue.columns[0]);
     const Matrix second = c.matrix(prologue.columns[1] ? rows : 0, prologue.columns[1]);
     const Matrix residual = c.matrix(rows, outputs);
-    const auto bias = c.numbers(outputs), norm_weight = c.numbers(width);
-    const bool biased = c.once_in(2), added = c.once_in(2);
+    const auto bias = c.numbers(outputs), norm_weight = c.numbers(width), scale = c.numbers(outputs);
+    const bool biased = c.once_in(2), added = c.once_in(2), scaled = format >= E4M3 || c.once_in(4);
     std::vector<float> y(size_t(rows * outputs));
     headrace::LinearArgs args{};
     args.x[0] = first.values.data(), args.stride[0] = first.stride, args.columns[0] = prologue.columns[0];
     if (prologue.columns[1])
         args.x[1] = second.values.data(), args.stride[1] = second.stride, args.columns[1] = prologue.columns[1];
     args.rows = rows;
-    args.panels = panels.data(), args.format = format, args.width = width + width % 2, args.outputs = outputs;
+    args.panels = panels.data(), args.format = format, args.width = Case::padded(format, width), args.outputs = outputs;
+    if (scaled) args.scale = scale.data();
     if (biased) args.bias = bias.data();
     if (prologue.norm) args.norm_weight = norm_weight.data(), args.norm_eps = 1e-5;
     args.norm_groups = prologue.norm_groups;
@@ -60,7 +61,7 @@ void linear(Case& c) {
 }
 
 void experts(Case& c) {
-    const int64_t format = c.size(FP32, FP16), count = c.size(1, 9), top_k = c.size(1, count);
+    const int64_t format = c.size(FP32, NVFP4), count = c.size(1, 9), top_k = c.size(1, count);
     const bool many = c.once_in(8);  // more rows than one pass takes
     const int64_t rows = many ? c.size(500, 530) : c.size(1, 40), widest = many ? 9 : 50;
     const int64_t columns = c.size(1, widest), inner = c.size(1, widest);
@@ -79,12 +80,13 @@ void experts(Case& c) {
     }
     picked.shrink_to_fit();
     const Matrix x = c.matrix(rows, columns), residual = c.matrix(rows, columns);
-    const auto weights = c.numbers(rows * top_k);
-    const bool added = c.once_in(2);
+    const auto weights = c.numbers(rows * top_k), up_scale = c.numbers(count), down_scale = c.numbers(count);
+    const bool added = c.once_in(2), scaled = format >= E4M3 || c.once_in(4);
     std::vector<float> y(size_t(rows * columns));
     c.run("experts", headrace::ExpertsArgs{x.values.data(), x.stride, rows, top_k, picked.data(), weights.data(),
-                                           up.data(), down.data(), format, count, columns, columns + columns % 2, inner,
-                                           inner + inner % 2, added ? residual.values.data() : nullptr,
+                                           up.data(), down.data(), format, count, columns, Case::padded(format, columns),
+                                           inner, Case::padded(format, inner), scaled ? up_scale.data() : nullptr,
+                                           scaled ? down_scale.data() : nullptr, added ? residual.values.data() : nullptr,
                                            added ? residual.stride : 0, y.data()});
     c.result(y);
 }

@@ -51,7 +51,9 @@ def delta(
 
 
 def finished(reason: str = "stop", *, index: int = 0, usage: Usage | None = None, **fields: Any) -> Finished:
-    """The end of a choice."""
+    """The end of a choice. One that failed did so of its logits, unless the fields say otherwise."""
+    if reason == "error":
+        fields.setdefault("failure", "logits")
     return Finished(index, reason, usage or Usage(7, 5, 2, 0), **fields)
 
 
@@ -136,6 +138,8 @@ class ScriptedEngine:
     max_context = 4096
     accepting = True
     fault: str | None = None
+    step_seconds = 0.0
+    template_arguments: frozenset[str] = frozenset()
 
     def __init__(self, *scripts: Script | Exception) -> None:
         self._changed = threading.Condition()
@@ -165,12 +169,27 @@ class ScriptedEngine:
     def generate_stream(self, prompt: Any, params: SamplingParams | None = None) -> ScriptedStream:
         return self._start(prompt, params, None)
 
+    def generate_streams(self, prompts: Sequence[Any], params: SamplingParams | None = None) -> list[ScriptedStream]:
+        streams: list[ScriptedStream] = []
+        try:
+            for prompt in prompts:
+                streams.append(self.generate_stream(prompt, params))
+        except BaseException:
+            for stream in streams:
+                stream.abort()
+            raise
+        return streams
+
+    def raw_prompt_ids(self, prompt: str) -> list[int]:
+        return self.tokenizer.encode_with_markers(prompt)
+
     def _start(self, prompt: Any, params: SamplingParams | None, options: ChatOptions | None) -> ScriptedStream:
         with self._changed:
             script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
-            if isinstance(script, BaseException):
-                raise script
-            stream = ScriptedStream(script(prompt) if callable(script) else script, self._one_less)
+        if isinstance(script, BaseException):
+            raise script
+        stream = ScriptedStream(script(prompt) if callable(script) else script, self._one_less)
+        with self._changed:
             self.calls.append(Call(prompt, params or SamplingParams(), options))
             self.streams.append(stream)
             self.running += 1

@@ -121,7 +121,7 @@ def test_what_needs_no_key(keyed: LiveServer) -> None:
     assert frozenset(PUBLIC) == PUBLIC_PATHS
     for path in PUBLIC:
         assert keyed.client.get(path).status_code == 200
-    for path in ("/v1/models", "/v1/requests", "/metrics", "/", "/health", "/health/live/"):
+    for path in ("/v1/models", "/v1/requests", "/metrics", "/health", "/health/live/", "/console/", "/console/x.js"):
         assert keyed.client.get(path).status_code == 401
 
 

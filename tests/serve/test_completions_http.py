@@ -10,7 +10,7 @@ import pytest
 from live_server import SECONDS, LiveServer, live
 from scripted_engine import HOLD, ScriptedEngine, delta, finished
 
-from headrace.engine import Engine, EngineConfig, QueueFull, TokenLogprob, Usage
+from headrace.engine import Engine, EngineConfig, QueueFull, SamplingParams, TokenLogprob, Usage
 from headrace.engine.request import Delta
 from headrace.engine.serve.profiles import OPENAI
 from headrace.engine.serve.prompts import UNIMPLEMENTED
@@ -200,10 +200,10 @@ def test_prompts_are_taken_all_or_none(server: LiveServer, engine: ScriptedEngin
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_one_failing_prompt_ends_the_others(server: LiveServer, engine: ScriptedEngine, stream: bool) -> None:
-    engine.play([HOLD, finished()], [finished("error", error="not finite")])
+    engine.play([HOLD, finished()], [finished("error", error="raised: a secret", failure="logits")])
     response = server.client.post(PATH, json={"prompt": ["a", "b"], "stream": stream})
     assert response.status_code == 500
-    assert response.json()["error"]["message"] == "not finite"
+    assert response.json()["error"]["message"] == "the model's logits are not finite"
     engine.wait_for(lambda: engine.running == 0)
 
 
@@ -223,8 +223,6 @@ def test_a_raw_string_has_markers(real: LiveServer, real_engine: Engine) -> None
 
 
 def _params() -> Any:
-    from headrace.engine import SamplingParams
-
     return SamplingParams(temperature=0, max_tokens=8)
 
 
@@ -319,12 +317,14 @@ def test_the_openai_profile_allows_its_temperature() -> None:
         assert server.client.post(PATH, json={"prompt": "x", "temperature": 1.7}).status_code == 200
 
 
-def test_an_idle_engine_takes_any_number_of_prompts_it_can_queue() -> None:
+def test_an_idle_engine_takes_any_number_of_prompts() -> None:
     config = EngineConfig(max_sequences=1, max_waiting=2, max_context=512)
     with Engine(config=config) as engine, live(engine) as server:
         fields = {"prompt": ["1", "2", "3"], "max_tokens": 2}
         assert len(ask(server, **fields)["choices"]) == 3
-        many = fields | {"prompt": ["1", "2", "3", "4"], "max_tokens": 400, "ignore_eos": True}
-        response = server.client.post(PATH, json=many)
+        many = fields | {"prompt": ["1", "2", "3", "4"]}
+        assert len(ask(server, **many)["choices"]) == 4  # more than can queue, as with n: nobody else waits
+        with engine.generate_stream("1", SamplingParams(max_tokens=400, ignore_eos=True)):
+            response = server.client.post(PATH, json=many)
         assert response.status_code == 429
         assert int(response.headers["retry-after"]) >= 1

@@ -146,6 +146,15 @@ def test_force_nonempty_content(real: LiveServer) -> None:
     assert whole == message(real)
 
 
+def test_force_nonempty_content_is_cut_as_an_answer_is(real: LiveServer) -> None:
+    """By the stop that is complete first, which need not be the one that begins first."""
+    kwargs = {"force_nonempty_content": True}
+    text = message(real, max_tokens=16, chat_template_kwargs=kwargs)["content"]
+    assert len(text) > 5
+    cut = message(real, max_tokens=16, chat_template_kwargs=kwargs, stop=[text[:5], text[1:3]])
+    assert cut["content"] == text[:1]
+
+
 def test_the_limit_is_clamped_to_the_room(real_engine: Engine) -> None:
     with Engine(config=EngineConfig(max_sequences=1, max_context=64)) as engine, live(engine) as server:
         body = server.chat(messages=[USER], ignore_eos=True, max_tokens=32768).json()

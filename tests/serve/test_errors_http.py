@@ -94,23 +94,25 @@ def test_a_prompt_that_cannot_fit_shows_both_numbers(server: LiveServer, engine:
 
 
 @pytest.mark.parametrize("script", [
-    [finished("error", error="the logits are not finite")],
-    [delta("reasoning", "Hm"), finished("error", error="the logits are not finite")],
+    [finished("error", error="raised: a secret", failure="logits")],
+    [delta("reasoning", "Hm"), finished("error", error="raised: a secret", failure="logits")],
 ])  # fmt: skip
 def test_a_failure_in_a_json_answer(server: LiveServer, engine: ScriptedEngine, script: list[Any]) -> None:
     engine.play(script)
     response = server.chat()
-    assert check(response, 500)["message"] == "the logits are not finite"
+    assert check(response, 500)["message"] == "the model's logits are not finite"
     assert response.headers["x-should-retry"] == "false"
 
 
 def test_a_failure_before_the_first_event_is_an_http_error(server: LiveServer, engine: ScriptedEngine) -> None:
-    engine.play([finished("error", error="the logits are not finite")])
+    engine.play([finished("error", error="raised: a secret", failure="logits")])
     assert check(server.chat(stream=True), 500)["code"] == "generation_failed"
 
 
 @pytest.mark.parametrize(("end", "code"), [
-    (finished("error", error="the logits are not finite"), "generation_failed"), (finished("abort"), "aborted"),
+    (finished("error", error="raised: a secret", failure="logits"), "generation_failed"),
+    (finished("error", error="raised: a secret", failure="neighbours"), "step_failed"),
+    (finished("abort"), "aborted"),
 ])  # fmt: skip
 def test_a_failure_in_a_stream_is_its_last_event(
     server: LiveServer, engine: ScriptedEngine, end: Any, code: str

@@ -89,7 +89,7 @@ def test_errors_have_their_class(client: openai.OpenAI, fields: dict, kind: type
 
 
 def test_a_failing_request_is_not_sent_again(client: openai.OpenAI, engine: ScriptedEngine) -> None:
-    engine.play([finished("error", error="not finite")])
+    engine.play([finished("error", error="raised: a secret", failure="logits")])
     with pytest.raises(openai.InternalServerError):
         client.chat.completions.create(model=NAME, messages=QUESTION)
     assert len(engine.calls) == 1
@@ -105,7 +105,7 @@ def test_a_full_queue_is_tried_again(client: openai.OpenAI, engine: ScriptedEngi
 
 
 def test_an_error_in_a_stream_is_raised(client: openai.OpenAI, engine: ScriptedEngine) -> None:
-    engine.play([delta("content", "It"), finished("error", error="not finite")])
+    engine.play([delta("content", "It"), finished("error", error="raised: a secret", failure="logits")])
     with pytest.raises(openai.APIError, match="not finite"):
         list(client.chat.completions.create(model=NAME, messages=QUESTION, stream=True))
 

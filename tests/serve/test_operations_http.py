@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from live_server import QUESTION, SECONDS, LiveServer, connect, live, receive
+from live_server import QUESTION, SECONDS, LiveServer, all_free, connect, live, receive
 from prometheus_client.parser import text_string_to_metric_families
 from scripted_engine import HOLD, ScriptedEngine, answer, delta, finished
 
@@ -146,6 +146,18 @@ def test_no_text_is_kept(fresh: tuple[LiveServer, ScriptedEngine]) -> None:
     assert not _mentions(server.service, set())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_text_is_kept_around_the_real_engine(real: LiveServer, real_engine: Engine, stream: bool) -> None:
+    message = {"role": "user", "content": SECRET}
+    fields: dict[str, Any] = {"stop": [SECRET], "user": SECRET, "stream": stream, "max_tokens": 3, "n": 2}
+    assert real.chat(messages=[message], **fields).status_code == 200
+    assert real.client.post("/v1/completions", json={"prompt": SECRET} | fields).status_code == 200
+    all_free(real_engine)
+    assert _mentions([SECRET], set())
+    assert not _mentions(real.service, set())
+    assert not _mentions(real_engine, set())
+
+
 def _mentions(value: Any, seen: set[int]) -> bool:
     """Whether the secret can be reached from an object through data of ours."""
     if id(value) in seen:
@@ -157,7 +169,7 @@ def _mentions(value: Any, seen: set[int]) -> bool:
         return any(_mentions(item, seen) for pair in value.items() for item in pair)
     if isinstance(value, list | tuple | set) or type(value).__name__ == "deque":
         return any(_mentions(item, seen) for item in value)
-    if not type(value).__module__.startswith("headrace.engine.serve"):
+    if not type(value).__module__.startswith("headrace."):
         return False
     names = [*getattr(value, "__dict__", {}), *getattr(type(value), "__slots__", ())]
     return any(_mentions(getattr(value, name, None), seen) for name in names)
@@ -333,7 +345,8 @@ def test_what_clients_invent_makes_no_labels(fresh: tuple[LiveServer, ScriptedEn
         server.client.get(f"/nowhere/{i}")
         server.client.get(f"/v1/models/{i}")
     assert "nowhere" not in server.client.get("/metrics").text
-    assert sample(server, "http_requests_total", path="other", status="404") == 10
+    assert sample(server, "http_requests_total", path="other", status="404") == 5
+    assert sample(server, "http_requests_total", path="/v1/models/{model}", status="404") == 5
 
 
 def test_metrics_of_the_real_engine(real: LiveServer, real_engine: Engine) -> None:

@@ -136,6 +136,8 @@ def test_a_failed_engine_says_so_and_is_not_live(monkeypatch: pytest.MonkeyPatch
         for _ in range(2):
             response = server.chat(**ASK)
             assert (response.status_code, response.headers["x-should-retry"]) == (500, "false")
-            assert "planted fault" in response.json()["error"]["message"]
-        assert server.client.get("/health/live").status_code == 500
+            assert "the engine has failed" in response.json()["error"]["message"]
+            assert "planted fault" not in response.text
+        health = server.client.get("/health/live")
+        assert (health.status_code, "planted fault" in health.text) == (500, False)
         assert server.client.get("/health/ready").status_code == 503

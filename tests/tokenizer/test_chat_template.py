@@ -407,6 +407,20 @@ def test_a_rendering_ends_in_time(tekken: ChatTemplate, monkeypatch: pytest.Monk
     assert "template takes more than" in problem
 
 
+def test_a_rendering_of_few_but_long_operations_ends_in_time(
+    tekken: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every pass sorts much and counts as little: the clock is looked at in each."""
+    source = "{% for a in range(200) %}{% set b = ('ab' * 100000)|list|sort|length %}{% endfor %}"
+    template = ChatTemplate(source, tekken._tokenizer)
+    monkeypatch.setattr(sandbox_module, "MAX_SECONDS", 0.0)
+    sorts: list[int] = []
+    monkeypatch.setitem(template._sandbox.filters, "sort", lambda items: sorts.append(len(items)) or items)
+    _, problem = refusal(lambda: template.render([USER]))
+    assert "template takes more than" in problem
+    assert len(sorts) <= 1
+
+
 @pytest.mark.parametrize(
     "source",
     ["{{ 'x' * 99999999 }}", "{{ [1, 2] * 99999999 }}", "{{ 99999999 * 'x' }}", "{{ 9 ** 99999999 }}"],

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from headrace.tokenizer import ChatError, check_turns
-from headrace.tokenizer.messages import normalise, split_inline_reasoning
+from headrace.tokenizer.messages import normalise, split_inline_reasoning, text_bytes
 
 
 def user(content: Any = "q") -> dict[str, Any]:
@@ -175,3 +175,17 @@ def test_turns_out_of_order(messages: list[dict], param: str, problem: str) -> N
         normalise(messages)
     assert caught.value.param == param
     assert problem in caught.value.problem
+
+
+@pytest.mark.parametrize(("messages", "size"), [
+    ([{"role": "user", "content": "é1"}], 3),
+    ([{"role": "system", "content": "ab"}, {"role": "user", "content": [{"text": "é"}, {"text": "1"}]}], 5),
+    ([{"role": "assistant", "content": "<think>long thought</think>\n4"}], len("<think>long thought")),
+    ([{"role": "assistant", "content": "46", "reasoning_content": "1"}, {"role": "user", "content": "abc"}], 5),
+    ([{"role": "assistant", "content": "4", "reasoning": "thought"}] * 9, 9),
+    ([{"role": "user", "content": "<think>a</think>b"}], 17),  # of a user's text nothing is reasoning
+    ([{"role": "user"}, {"role": "user", "content": 3}, {"role": "user", "content": [4, {}]}, 5, None], 0),
+    ("no list", 0), (None, 0), ([], 0), ([{"role": "user", "content": "\ud800"}], 1),
+])  # fmt: skip
+def test_how_much_text_there_is_at_least(messages: object, size: int) -> None:
+    assert text_bytes(messages) == size

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from headrace.tokenizer.stops import StopMatcher, stop_matcher
+from headrace.tokenizer.stops import StopMatcher
 
 
 def first_match(text: str, stops: list[str]) -> tuple[str | None, int]:
@@ -44,7 +44,7 @@ def test_equals_a_plain_search(stops: list[str], chunks: list[str]) -> None:
 
 def test_the_cut_makes_no_difference() -> None:
     stops = ["ab", "abc", "bc", "cab"]
-    matcher = stop_matcher(tuple(stops))
+    matcher = StopMatcher(stops)
     text = "xxacabbc"
     for cuts in combinations(range(len(text) + 1), 2):
         chunks = [text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :]]
@@ -61,4 +61,4 @@ def test_the_cut_makes_no_difference() -> None:
 
 def test_an_empty_stop_is_refused() -> None:
     with pytest.raises(ValueError, match="stop"):
-        stop_matcher(("a", ""))
+        StopMatcher(("a", ""))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from headrace.tokenizer import MarkedTokenizer, Piece, TextStream
+from headrace.tokenizer import MarkedTokenizer, Piece, StopMatcher, TextStream
 from headrace.tokenizer.markers import Marker
 from headrace.tokenizer.settings import TextSettings
 
@@ -73,7 +73,7 @@ def at_once(
 def check(tokenizer: MarkedTokenizer, decided: Decided, stops: Sequence[str] = (), raw: bool = False) -> None:
     """The stream's deltas, put together, are the whole's; at no time was shown what may not be."""
     reasoning, content, stop = at_once(tokenizer, decided, stops, raw)
-    stream = TextStream(tokenizer, stop=stops, raw=raw)
+    stream = TextStream(tokenizer, stop=StopMatcher(stops) if stops else None, raw=raw)
     pieces: list[Piece] = []
     for number, (token, in_reasoning) in enumerate(decided):
         stopped = stream.stop_string is not None
@@ -199,7 +199,7 @@ def test_stops_over_all_two_and_three_way_splits(stops: list[str], tail: str) ->
             tokenizer = made_of(*[part for part in parts if part])
             decided = [(i, False) for i in spelt(tokenizer, *[part for part in parts if part])]
             check(tokenizer, decided, stops)
-            pieces = streamed(TextStream(tokenizer, stop=stops), decided)
+            pieces = streamed(TextStream(tokenizer, stop=StopMatcher(stops) if stops else None), decided)
             assert not any(found in joined(pieces, "content") for found in stops)
 
 
@@ -211,7 +211,7 @@ def test_the_stop_complete_first_wins_and_the_longest_of_two() -> None:
         (["bc", "abc"], "x", "abc"),
         (["d", "xabcd"], "", "xabcd"),
     ):
-        stream = TextStream(tokenizer, stop=stops)
+        stream = TextStream(tokenizer, stop=StopMatcher(stops) if stops else None)
         assert joined(streamed(stream, [(tokenizer.vocab_size - 1, False)]), "content") == text
         assert stream.stop_string == found
 
@@ -219,13 +219,13 @@ def test_the_stop_complete_first_wins_and_the_longest_of_two() -> None:
 def test_stops_in_reasoning_are_text() -> None:
     tokenizer = made_of("stop", "st", "op", "answer")
     stop, first, second, answer = spelt(tokenizer, "stop", "st", "op", "answer")
-    stream = TextStream(tokenizer, stop=["stop", "</think>"])
+    stream = TextStream(tokenizer, stop=StopMatcher(["stop", "</think>"]))
     decided = [(stop, True), (END_THINK, True), (answer, False), (stop, False), (answer, False)]
     pieces = streamed(stream, decided)
     assert (joined(pieces, "reasoning"), joined(pieces, "content")) == ("stop", "answer")
     assert stream.stop_string == "stop"
     # Half in reasoning, half in the answer: two texts.
-    stream = TextStream(tokenizer, stop=["stop"])
+    stream = TextStream(tokenizer, stop=StopMatcher(["stop"]))
     pieces = streamed(stream, [(first, True), (END_THINK, True), (second, False)])
     assert (joined(pieces, "reasoning"), joined(pieces, "content"), stream.stop_string) == ("st", "op", None)
 
@@ -233,23 +233,23 @@ def test_stops_in_reasoning_are_text() -> None:
 def test_a_stop_is_matched_on_the_stripped_answer() -> None:
     tokenizer = made_of("\n\n", "\nHi")
     newlines, hello = spelt(tokenizer, "\n\n", "\nHi")
-    stream = TextStream(tokenizer, stop=["\nHi"])
+    stream = TextStream(tokenizer, stop=StopMatcher(["\nHi"]))
     assert joined(streamed(stream, [(newlines, False), (hello, False)]), "content") == "Hi"
-    stream = TextStream(tokenizer, stop=["\nHi"], raw=True)
+    stream = TextStream(tokenizer, stop=StopMatcher(["\nHi"]), raw=True)
     assert joined(streamed(stream, [(newlines, False), (hello, False)]), "content") == "\n\n"
 
 
 def test_a_stop_may_be_a_marker_shown_in_the_answer() -> None:
     tokenizer = made_of("a")
     (a,) = spelt(tokenizer, "a")
-    stream = TextStream(tokenizer, stop=["<tool_call>"])
+    stream = TextStream(tokenizer, stop=StopMatcher(["<tool_call>"]))
     pieces = streamed(stream, [(a, False), (TOOL_CALL, False), (a, False)])
     assert (joined(pieces, "content"), stream.stop_string) == ("a", "<tool_call>")
 
 
 def test_text_held_for_a_stop_is_flushed_at_the_end() -> None:
     tokenizer = made_of("abc", "EN", "D")
-    stream = TextStream(tokenizer, stop=["END"])
+    stream = TextStream(tokenizer, stop=StopMatcher(["END"]))
     ids = spelt(tokenizer, "abc", "EN")
     assert [stream.push(i, False) for i in ids] == [Piece("content", "abc", (0,)), None]
     assert stream.finish() == [Piece("content", "EN", (1,))]
@@ -257,7 +257,7 @@ def test_text_held_for_a_stop_is_flushed_at_the_end() -> None:
 
 def test_only_what_may_become_a_stop_is_held() -> None:
     tokenizer = made_of("fooEN", "x", "DEN", "D")
-    stream = TextStream(tokenizer, stop=["END"])
+    stream = TextStream(tokenizer, stop=StopMatcher(["END"]))
     foo, x, den, d = spelt(tokenizer, "fooEN", "x", "DEN", "D")
     assert stream.push(foo, False) == Piece("content", "foo", (0,))
     assert stream.push(x, False) == Piece("content", "ENx", (1,))
@@ -335,7 +335,7 @@ def test_a_token_behind_a_broken_character_begins_behind_it() -> None:
         (stray, Piece("content", "\ufffd\ufffd", (0, 1)), Piece("content", "EN", ())),
         (whole, Piece("content", "é", (0, 1)), Piece("content", "EN", ())),
     ):
-        stream = TextStream(tokenizer, stop=["END"])
+        stream = TextStream(tokenizer, stop=StopMatcher(["END"]))
         start = 0xF0 if token == stray else 0xC3
         assert stream.push(FIRST_BYTE + start, False) is None
         assert stream.push(token, False) == shown
@@ -344,7 +344,7 @@ def test_a_token_behind_a_broken_character_begins_behind_it() -> None:
 
 def test_nothing_is_shown_behind_a_stop_even_of_the_other_channel() -> None:
     tokenizer = made_of("a")
-    stream = TextStream(tokenizer, stop=["\ufffd"])
+    stream = TextStream(tokenizer, stop=StopMatcher(["\ufffd"]))
     assert stream.push(FIRST_BYTE + 0xE2, False) is None
     assert stream.push(tokenizer.vocab_size - 1, True) is None
     assert (stream.stop_string, stream.finish()) == ("\ufffd", [])
@@ -360,7 +360,7 @@ def test_every_shown_token_is_named_with_its_first_character(parts: list[str], s
     starts = [max(sum(map(len, parts[:number])) - lead, 0) for number in range(len(parts))]
     ends = [sum(map(len, parts[: number + 1])) - lead for number in range(len(parts))]
     at = 0
-    for piece in streamed(TextStream(tokenizer, stop=stops), decided):
+    for piece in streamed(TextStream(tokenizer, stop=StopMatcher(stops) if stops else None), decided):
         upto = at + len(piece.text)
         assert list(piece.tokens) == [n for n in range(len(parts)) if at <= starts[n] < upto and ends[n] > starts[n]]
         at = upto
@@ -369,7 +369,7 @@ def test_every_shown_token_is_named_with_its_first_character(parts: list[str], s
 def test_a_stop_of_many_characters_costs_no_more_per_token(tokenizers: Callable[[str], MarkedTokenizer]) -> None:
     """Structure instead of a clock: what is held is never longer than the stop."""
     tokenizer = made_of("aaaa")
-    stream = TextStream(tokenizer, stop=["a" * 255 + "b"])
+    stream = TextStream(tokenizer, stop=StopMatcher(["a" * 255 + "b"]))
     pieces = [stream.push(tokenizer.vocab_size - 1, False) for _ in range(1000)]
     assert sum(len(piece.text) for piece in pieces if piece) == 4000 - 255
 

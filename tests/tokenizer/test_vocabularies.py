@@ -244,3 +244,29 @@ def test_folders_that_cannot_be_used(tmp_path: Path, folders: Callable[[str], Pa
     refused({"tokenizer.json": variant(), "generation_config.json": b'{"eos_token_id": 999}'}, "outside the vocabulary")
     wrong = json.dumps({"added_tokens_decoder": {"5": {"content": "other"}}}).encode()
     refused({"tokenizer.model": model, "tokenizer_config.json": wrong}, "token 5 is")
+
+
+@given(texts=st.lists(normal_text() | st.sampled_from(NASTY), max_size=4))
+def test_no_text_has_fewer_tokens_than_its_bytes_by_the_longest_token(
+    tokenizer: MarkedTokenizer, kind: str, texts: list[str]
+) -> None:
+    """It is what refuses a prompt by its size alone."""
+    longest = tokenizer.longest_token
+    assert longest is not None or kind not in ("tekken", "small")
+    if longest is not None:
+        text = "".join(texts)
+        assert len(tokenizer.encode(text)) * longest >= len(text.encode())
+        assert len(tokenizer.encode_with_markers(text)) * longest >= len(text.encode())
+
+
+@pytest.mark.parametrize("change", [
+    {"normalizer": {"type": "NFC"}},
+    {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"String": "-"}, "behavior": "Removed", "invert": False}, LEVEL]}},
+])  # fmt: skip
+def test_where_a_text_is_shortened_first_nothing_is_known_of_its_tokens(
+    folders: Callable[[str], Path], tmp_path: Path, change: dict[str, object]
+) -> None:
+    spec = json.loads((folders("tekken") / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | change))
+    assert load(tmp_path).longest_token is None

@@ -1,6 +1,6 @@
-"""Makes the scripted engine beside the server's tests importable, for the command line's."""
+"""Makes the helpers beside the tests importable, and the scripted engine of the server's, for the command line's."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "serve"), str(Path(__file__).parent)]

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 from scripted_engine import HOLD, ScriptedEngine, delta, finished
 
 from headrace.engine.cli import common, main, serve
+from headrace.engine.run.memory import CacheSizes
 from headrace.engine.serve import run
 
 
@@ -25,11 +26,13 @@ def load_engine(model, config=None):
         os.write(2, b"loading\n")
         threading.Event().wait()
     engine = ScriptedEngine(script)
+    engine.sizes = CacheSizes(64, 100, 16, engine.max_context, page_bytes=1 << 20, slot_bytes=1 << 10)
     if model == "failing":
         engine.fault = "the device is lost"
     return engine
 
 
 run.FAULT_SECONDS = 0.5
+serve.loading_plan = lambda model, config: []  # there are no files to look at
 common.load_engine = serve.load_engine = load_engine
 sys.exit(main(sys.argv[1:]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import signal
 import subprocess
@@ -11,25 +13,44 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
+from safetensors import safe_open
+
+from headrace.engine import Engine, EngineConfig
+from headrace.engine.cli import common, main, serve
+from headrace.engine.cli.common import UserError
+from headrace.engine.cli.inspect import size
+from headrace.engine.cli.startup import loading_plan, serving_plan
+from headrace.engine.engine import EMBEDDED_MODEL
+from headrace.engine.run.memory import CacheSizes
+from headrace.engine.serve.errors import ENGINE_FAILED
 
 SECONDS = 30
 QUESTION = {"messages": [{"role": "user", "content": "hello"}], "stream": False}
 
 
+PLAN = re.compile(r"headrace: (model|device|weights|pages|slots|context|console) ")
+
+
+def beyond_the_plan(process: subprocess.Popen[str]) -> str:
+    """The first line on stderr that is not of the plan."""
+    assert process.stderr is not None
+    return next((line for line in process.stderr if not PLAN.match(line)), "")
+
+
 @contextmanager
 def started(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server's process and the first line it writes."""
+    """A server's process and the first line it writes behind its plan."""
     program = Path(__file__).with_name("scripted_cli.py")
     argv = [sys.executable, str(program), "serve", "--port", "0", *options]
     with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
         timer = threading.Timer(SECONDS, process.kill)
         timer.start()
         try:
-            yield process, process.stderr.readline()
+            yield process, beyond_the_plan(process)
         finally:
             timer.cancel()
             process.kill()
@@ -86,7 +107,7 @@ def test_an_engine_that_failed_for_good_ends_the_server_with_1() -> None:
         assert httpx.get(url.replace("/v1", "/health/live"), timeout=SECONDS).status_code == 500
         assert server.wait(SECONDS) == 1
         assert server.stderr is not None
-        assert server.stderr.read() == "headrace: the device is lost\n"
+        assert server.stderr.read() == f"headrace: {ENGINE_FAILED}\n"
 
 
 def test_the_access_log_is_a_json_object_a_line() -> None:
@@ -108,3 +129,100 @@ def test_a_server_without_keys_does_not_listen_outside() -> None:
     with started("--host", "0.0.0.0") as (server, line):
         assert "without API keys only a loopback address is allowed" in line
         assert server.wait(SECONDS) == 2
+
+
+# --- what it says before it serves ----------------------------------------------------------------------------------
+
+REAL = "import sys; from headrace.engine.cli import main; sys.exit(main())"
+
+
+def said_to_a_terminal(*options: str) -> list[str]:
+    """What a real server says, up to where it serves; its stderr is a terminal."""
+    ours, theirs = os.openpty()
+    argv = [sys.executable, "-c", REAL, "serve", "--port", "0", *options]
+    with subprocess.Popen(argv, stderr=theirs, env={**os.environ, "TERM": "xterm"}) as process:
+        os.close(theirs)
+        timer = threading.Timer(4 * SECONDS, process.kill)
+        timer.start()
+        said = b""
+        try:
+            while b" at http://" not in said and (part := _read(ours)):
+                said += part
+        finally:
+            timer.cancel()
+            process.kill()
+            os.close(ours)
+    return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", said.decode()).splitlines()
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # Linux's way to say that the other side is closed
+        return b""
+
+
+def test_the_plan_and_a_bar_while_loading() -> None:
+    """Sizes are the engine's own: the same ones as an engine with these options has in this process."""
+    options = {"max_sequences": 3, "max_waiting": 9, "max_context": 160, "threads": 1, "instructions": "portable"}
+    given = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    lines = said_to_a_terminal(*given)
+    plan = {line.split()[1]: line for line in lines if line.startswith("headrace: ")}
+    assert [*plan] == ["model", "device", "weights", "pages", "slots", "context", "console", "serving"]
+    assert any("loading weights" in line for line in lines), lines
+    assert plan["device"].endswith("cpu, native kernels (portable), 1 thread")
+    assert plan["model"].endswith(" headrace-tiny")
+    with Engine(config=EngineConfig(**options)) as engine:  # type: ignore[arg-type]
+        sizes = engine.sizes
+        assert [f"headrace: {line}" for line in serving_plan(engine)] == [
+            plan[k] for k in ("pages", "slots", "context")
+        ]
+    assert (sizes.num_slots, sizes.num_pages, sizes.max_context) == (3, 30, 160)
+    assert plan["pages"].endswith(f" 30 of 16 tokens: {size(30 * sizes.page_bytes)}")
+    assert plan["slots"].endswith(f" 3: {size(3 * sizes.slot_bytes)} of Mamba state")
+    assert plan["context"].endswith(" 160 tokens at most; 9 answers may wait")
+
+
+def test_the_weights_by_format() -> None:
+    """What the plan says of the files is what they hold."""
+    with safe_open(EMBEDDED_MODEL / "model.safetensors", "pt") as file:
+        sizes: dict[str, int] = {}
+        for name in file.keys():  # noqa: SIM118  not a dict
+            tensor = file.get_slice(name)
+            width = {"BF16": 2, "F32": 4}[tensor.get_dtype()]
+            sizes[tensor.get_dtype()] = sizes.get(tensor.get_dtype(), 0) + width * math.prod(tensor.get_shape())
+    line = loading_plan(None, EngineConfig())[2]
+    assert line.startswith(f"weights  {size(sum(sizes.values()))}: ")
+    for name, num_bytes in sizes.items():
+        assert f"{name} {size(num_bytes)}" in line
+
+
+def test_padding_rows_are_counted() -> None:
+    sizes = CacheSizes(8, 100, 16, 1600, page_bytes=1 << 20, slot_bytes=1 << 10, padding=7)
+    engine = SimpleNamespace(sizes=sizes, config=EngineConfig())
+    pages, slots, _ = serving_plan(engine)  # type: ignore[arg-type]
+    assert pages == "pages    100 of 16 tokens, 7 more for padding: 107.00 MiB"
+    assert slots == "slots    8, 7 more for padding: 15.00 KiB of Mamba state"
+
+
+@pytest.mark.parametrize("option", ["--backend", "--threads", "--instructions"])
+@pytest.mark.parametrize("command", ["serve", "chat", "generate"])
+def test_kernels_are_chosen_where_an_engine_is_made(command: str, option: str) -> None:
+    asked: list[EngineConfig] = []
+
+    def load_engine(model: str | None, config: EngineConfig) -> None:
+        asked.append(config)
+        raise UserError("seen")
+
+    value = {"--backend": "reference", "--threads": "3", "--instructions": "portable"}[option]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (common, serve):
+            patch.setattr(module, "load_engine", load_engine)
+        arguments = {"serve": ["--port", "0"], "generate": ["hello"], "chat": []}[command]
+        assert main([command, *arguments, option, value]) == 2
+    assert str(getattr(asked[0], option.removeprefix("--"))) == value
+
+
+def test_a_checkpoint_that_is_not_there_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", "0", "--model", str(tmp_path)]) == 2
+    assert capfd.readouterr().err.count("\n") == 1

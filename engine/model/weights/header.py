@@ -2,9 +2,8 @@
 
 The file: 8 bytes header length (little endian), the header (JSON: name -> dtype, shape, data_offsets), then the data,
 which the tensors cover without gap or overlap. The safetensors library checks the same when it opens a file; this
-reader exists so that shapes and dtypes of all shards are known before the first byte is loaded, so that each kind of
-damage has a message of its own, and so that tensors are read, not mapped: pages of a mapped file stay in memory beside
-the packed weights made of them.
+reader exists so that shapes and dtypes of all shards are known before the first byte is loaded, and so that each kind
+of damage has a message of its own.
 """
 
 from __future__ import annotations
@@ -22,8 +21,15 @@ from headrace.engine.model.weights.errors import CheckpointError
 MAX_HEADER_BYTES = 100_000_000
 """The library's own limit."""
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""The weight formats of this loader; a safetensors file may name others."""
+FLOATS = ("F32", "BF16", "F16")
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+}
+"""What weights and their scales are stored as; a safetensors file may name others."""
 
 
 @dataclass(frozen=True, slots=True)

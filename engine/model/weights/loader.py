@@ -20,7 +20,8 @@ from headrace.engine.config import ModelConfig
 from headrace.engine.model.weights.errors import CheckpointError
 from headrace.engine.model.weights.files import list_tensors
 from headrace.engine.model.weights.header import DTYPES, Entry
-from headrace.engine.model.weights.names import Place, memory_shapes, places
+from headrace.engine.model.weights.names import Part, Place, places
+from headrace.kernels.formats import Fp8, Nvfp4, Weight
 
 PREFIXES = ("backbone.", "model.")
 UNPREFIXED = ("lm_head.", "mtp.")
@@ -38,46 +39,52 @@ class _Source:
     place: Place
 
 
-class Experts:
-    """The experts of one layer, each read when it is asked for: like a stacked tensor, in the widest dtype of them."""
+_Parts = dict[Part, _Source]
+"""The tensors of one weight."""
 
-    def __init__(self, reader: _Reader, sources: list[_Source]) -> None:
-        self._reader, self._sources = reader, sources
+
+class Experts:
+    """The experts of one layer, each read when it is asked for: like a stacked weight, floats in the widest dtype."""
+
+    def __init__(self, reader: _Reader, experts: list[_Parts]) -> None:
+        self._reader, self._experts = reader, experts
+        self.format = experts[0]["weight"].place.format
         self.dtype = torch.float32
-        dtypes = {DTYPES[source.entry.dtype] for source in sources}
+        dtypes = {DTYPES[parts["weight"].entry.dtype] for parts in experts}
         if len(dtypes) == 1:
             [self.dtype] = dtypes  # different ones meet in fp32
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return len(self._experts)
 
-    def __getitem__(self, expert: int) -> Tensor:
-        return self._reader.read(self._sources[expert]).to(self.dtype)
+    def __getitem__(self, expert: int) -> Weight:
+        weight = self._reader.weight(self._experts[expert])
+        return weight.to(self.dtype) if isinstance(weight, Tensor) else weight
 
 
 class FileWeights(Mapping[str, Any]):
-    """Name (as ``names.memory_shapes`` lists it) -> tensor in the dtype of the file, or ``Experts``.
+    """Name (as ``names.memory_shapes`` lists it, and KV scales) -> weight as the file has it, or ``Experts``.
 
     Nothing is kept: what is asked for twice is read twice. Reading raises CheckpointError naming file and tensor.
     """
 
-    def __init__(self, sources: dict[str, list[_Source]], reader: _Reader) -> None:
-        self._sources, self._reader = sources, reader
+    def __init__(self, weights: dict[str, list[_Parts]], reader: _Reader) -> None:
+        self._weights, self._reader = weights, reader
 
-    def __getitem__(self, name: str) -> Tensor | Experts:
-        sources = self._sources[name]
-        if sources[0].place.row is None:
-            return self._reader.read(sources[0])
-        return Experts(self._reader, sources)
+    def __getitem__(self, name: str) -> Weight | Experts:
+        weights = self._weights[name]
+        if weights[0]["weight"].place.row is None:
+            return self._reader.weight(weights[0])
+        return Experts(self._reader, weights)
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
-        return name in self._sources
+        return name in self._weights
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
+        return iter(self._weights)
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return len(self._weights)
 
 
 @contextmanager
@@ -88,12 +95,17 @@ def open_weights(
 
     Nothing may be missing and nothing left over. Raises CheckpointError naming the file and the tensor.
     """
-    found = _match(Path(path), config)
-    by_name: dict[str, list[_Source]] = {name: [] for name in memory_shapes(config)}
-    for name in places(config):
-        by_name[found[name].place.name].append(found[name])
-    with _bar(sum(source.entry.num_bytes for source in found.values()), progress) as bar, ExitStack() as files:
-        yield FileWeights(by_name, _Reader(files, torch.device(device), bar))
+    weights: dict[str, list[_Parts]] = {}
+    total = 0
+    for source in _match(Path(path), config):
+        if source.place.part == "input_scale":
+            continue  # checked, and never read: activations stay as they are
+        if source.place.part == "weight":
+            weights.setdefault(source.place.name, []).append({})
+        weights[source.place.name][-1][source.place.part] = source
+        total += source.entry.num_bytes
+    with _bar(total, progress) as bar, ExitStack() as files:
+        yield FileWeights(weights, _Reader(files, torch.device(device), bar))
 
 
 class _Reader:
@@ -102,6 +114,16 @@ class _Reader:
     def __init__(self, stack: ExitStack, device: torch.device, bar: Progress) -> None:
         self._stack, self._device, self._bar = stack, device, bar
         self._files: dict[Path, FileIO] = {}
+
+    def weight(self, parts: _Parts) -> Weight:
+        """Of all its tensors, as it is stored."""
+        tensors = {part: self.read(source) for part, source in parts.items()}
+        values, form = tensors["weight"], parts["weight"].place.format
+        if form == "float":
+            return values
+        if form == "fp8":
+            return Fp8(values, tensors["weight_scale"])
+        return Nvfp4(values, tensors["weight_scale"], tensors["weight_scale_2"])
 
     def read(self, source: _Source) -> Tensor:
         """The tensor on the device. A large one on a CPU is a view of the file: its pages are read when they are
@@ -130,8 +152,8 @@ class _Reader:
         return data.view(DTYPES[entry.dtype]).view(entry.shape).to(self._device)
 
 
-def _match(folder: Path, config: ModelConfig) -> dict[str, _Source]:
-    """Name (as ``names.places`` lists it) -> the file's tensor."""
+def _match(folder: Path, config: ModelConfig) -> list[_Source]:
+    """The files' tensors in the order of ``names.places``."""
     expected = places(config)
     found: dict[str, _Source] = {}
     unexpected = []
@@ -145,18 +167,24 @@ def _match(folder: Path, config: ModelConfig) -> dict[str, _Source]:
                 raise CheckpointError(
                     f"{file}: tensor {entry.name!r} is also in {found[name].file} as {found[name].entry.name!r}"
                 )
-            if entry.shape != expected[name].shape:
+            place = expected[name]
+            if entry.shape != place.shape:
                 raise CheckpointError(
                     f"{file}: tensor {entry.name!r} has shape {list(entry.shape)}, "
-                    f"config.json asks for {list(expected[name].shape)}"
+                    f"config.json asks for {list(place.shape)}"
                 )
-            found[name] = _Source(file, entry, expected[name])
-    missing = [name for name in expected if name not in found]
+            if entry.dtype not in place.dtypes:
+                raise CheckpointError(
+                    f"{file}: tensor {entry.name!r} has dtype {entry.dtype}; what config.json says of its quantisation "
+                    f"({place.format}) asks for {' or '.join(place.dtypes)}"
+                )
+            found[name] = _Source(file, entry, place)
+    missing = [name for name, place in expected.items() if name not in found and not place.optional]
     faults = [f"missing {_some(missing)}, which config.json asks for"] if missing else []
     faults += [f"left over {_some(unexpected)}, for which config.json has no place"] if unexpected else []
     if faults:
         raise CheckpointError(f"{folder}: {'; '.join(faults)}")
-    return found
+    return [found[name] for name in expected if name in found]
 
 
 def _without_prefix(name: str) -> str | None:
