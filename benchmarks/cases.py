@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 
 from benchmarks import ops
-from benchmarks.ops import BF16, FP8, FP32, Bench, Shape, Sizes, Work
+from benchmarks.ops import BF16, FP8, FP32, NVFP4, Bench, Shape, Sizes, Work
 from headrace.engine import EngineConfig
 from headrace.kernels import BACKENDS, Kernels, select
+from headrace.kernels.formats import Format
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +41,22 @@ class Case:
         return sizes.decode if self.group == "decode" else sizes.prompt
 
     @property
+    def format(self) -> Format:
+        """Of the weights; a backend without kernels for it is not asked."""
+        return "fp8" if self.weights == FP8 else "nvfp4" if self.weights == NVFP4 else "float"
+
+    @property
     def in_fp32(self) -> Case | None:
         """The same with weights and caches of fp32, which hides no error behind roundings; None: it is not of bf16."""
-        if BF16 not in (self.weights, self.cache) or FP8 in (self.weights, self.cache):
+        if BF16 not in (self.weights, self.cache) or FP8 in (self.weights, self.cache) or self.format != "float":
             return None
         return replace(self, weights=self.weights and FP32, cache=self.cache and FP32, roundings=0)
 
     @property
     def dtype(self) -> str:
         """Names the dtypes: "bfloat16", or "-" for none."""
-        named = {str(dtype).removeprefix("torch.") for dtype in (self.weights, self.cache) if dtype}
+        weights = "nvfp4" if self.format == "nvfp4" else self.weights
+        named = {str(dtype).removeprefix("torch.") for dtype in (weights, self.cache) if dtype}
         return ", ".join(sorted(named)) or "-"
 
 
@@ -83,6 +90,15 @@ CASES = (
     Case("sample_greedy", partial(ops.sample, temperature=0.0)),
     Case("sample_whole", partial(ops.sample, top_p=1.0)),
     Case("sample_logprobs", partial(ops.sample, top_logprobs=20)),
+    # Weights as Super is released in FP8 and NVFP4.
+    Case("in_proj_fp8", ops.in_proj, weights=FP8, roundings=1),
+    Case("out_proj_fp8", ops.out_proj, weights=FP8, roundings=1),
+    Case("shared_up_fp8", ops.shared_up, weights=FP8, roundings=1),
+    Case("shared_down_fp8", ops.shared_down, weights=FP8, roundings=1),
+    Case("experts_fp8", ops.experts, weights=FP8, roundings=5),
+    Case("shared_up_nvfp4", ops.shared_up, weights=NVFP4, roundings=1),
+    Case("shared_down_nvfp4", ops.shared_down, weights=NVFP4, roundings=1),
+    Case("experts_nvfp4", ops.experts, weights=NVFP4, roundings=5),
     # Nano's MoE layer, which has no latent space and keeps its router in fp32.
     Case("nano_gate", ops.gate, weights=FP32, model="nano"),
     Case("nano_shared_up", ops.shared_up, weights=BF16, roundings=1, model="nano"),
@@ -95,6 +111,8 @@ CASES = (
     Case("prefill_attention", ops.prefill_attention, "prompt", cache=BF16, roundings=2),
     Case("prefill_attention_fp8", ops.prefill_attention, "prompt", cache=FP8, roundings=2),
     Case("experts", ops.experts, "prompt", BF16, roundings=5),
+    Case("in_proj_fp8", ops.in_proj, "prompt", FP8, roundings=1),
+    Case("experts_nvfp4", ops.experts, "prompt", NVFP4, roundings=5),
 )
 
 

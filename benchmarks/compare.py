@@ -53,8 +53,10 @@ class Verdict:
 def compare(
     kernels: Kernels, reference: Kernels, cases: Iterable[Case], device: torch.device, sizes: Sizes
 ) -> Iterator[Verdict]:
-    """Each case in its own dtypes, and those of bf16 also in fp32."""
+    """Each case that the backend has kernels for, in its own dtypes, and those of bf16 also in fp32."""
     for case in cases:
+        if case.format not in kernels.formats:
+            continue
         for one in (case, case.in_fp32):
             if one is not None:
                 yield verdict(kernels, reference, one, device, sizes)

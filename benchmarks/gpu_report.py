@@ -55,7 +55,7 @@ def timed(subject: Subject, rows_file: Rows) -> Iterator[tuple[str, ...]]:
     """Each op: time, rate of the bytes that must move and of the flops, the limits' time over its own."""
     kernels = select(subject.backend)
     for case in CASES:
-        for rows in case.rows(subject.sizes):
+        for rows in case.rows(subject.sizes) if case.format in kernels.formats else ():
             try:
                 work = case.build(kernels, subject.device, subject.sizes, rows)
                 seconds = subject.timer(work.run)

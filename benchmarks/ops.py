@@ -11,12 +11,14 @@ from torch import Tensor
 from headrace.kernels import Kernels
 from headrace.kernels.attention import Pages
 from headrace.kernels.control import ControlIds
+from headrace.kernels.formats import BLOCK, Fp8, Nvfp4, Weight, tensors_of
 from headrace.kernels.mamba import MambaWeights
 from headrace.kernels.moe import Routing
 from headrace.kernels.norm import Norm
 from headrace.kernels.sampling import SamplerState
 
 BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
+NVFP4 = torch.uint8  # of weights: what their codes are stored as
 TAPS = 4  # of the convolution
 COARSE = 1 / 32
 
@@ -136,6 +138,19 @@ class Bench:
         """A weight whose products keep the size of what they multiply."""
         return self.randn(*size, dtype=dtype or self.weights).mul_(size[-1] ** -0.5)
 
+    def stored(self, *size: int) -> Weight:
+        """A weight, or a stack of them, in the bench's format: of quantised ones the stored numbers are drawn."""
+        if self.weights not in (FP8, NVFP4):
+            return self.weight(*size)
+        *stack, outputs, width = size
+        if self.weights == FP8:
+            return Fp8(self.randn(*size, dtype=FP8), torch.full(stack, width**-0.5, device=self.device))
+        codes = torch.randint(
+            0, 256, (*stack, outputs, width // 2), generator=self.generator, device=self.device, dtype=torch.uint8
+        )
+        blocks = self.randn(*stack, outputs, width // BLOCK).abs().to(FP8)
+        return Nvfp4(codes, blocks, torch.full(stack, (8 * width) ** -0.5, device=self.device))
+
     def slots(self, count: int) -> Tensor:
         """All slots but not in order: row i has slot (i + 1) % count, as ``by_slot`` lays it out."""
         return (torch.arange(count, device=self.device) + 1) % count
@@ -148,8 +163,8 @@ class Bench:
         return torch.tensor(list(values), dtype=torch.int64, device=self.device)
 
 
-def bytes_of(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+def bytes_of(*stored: Weight) -> int:
+    return sum(t.numel() * t.element_size() for weight in stored for t in tensors_of(weight))
 
 
 def step_inputs(b: Bench, rows: int) -> Work:
@@ -181,13 +196,15 @@ def linear(
     b: Bench, rows: int, inputs: int, outputs: int, *, groups: int = 0, relu2: bool = False, residual: bool = False
 ) -> Work:
     """A projection with what is fused into it; ``groups`` of the norm before it, 0: none."""
-    weight, x, beside = b.weight(outputs, inputs), b.rows(rows, inputs), b.rows(rows, outputs)
+    weight, x, beside = b.stored(outputs, inputs), b.rows(rows, inputs), b.rows(rows, outputs)
     packed = b.kernels.pack_linear([weight])
     norm = Norm(b.randn(inputs), 1e-5, groups) if groups else None
     added = beside if residual else None
     minimum = bytes_of(weight, x, beside, *([beside] if residual else []), *([norm.weight] if norm else []))
     return Work(
-        lambda: b.kernels.linear(x, packed, norm=norm, relu2=relu2, residual=added), minimum, 2 * rows * weight.numel()
+        lambda: b.kernels.linear(x, packed, norm=norm, relu2=relu2, residual=added),
+        minimum,
+        2 * rows * outputs * inputs,
     )
 
 
@@ -352,11 +369,11 @@ def experts(b: Bench, rows: int, residual: bool = False) -> Work:
     s = b.shape
     routes = b.kernels.route(*_router(b, rows))
     x, beside = b.rows(rows, s.latent), b.rows(rows, s.latent)
-    up, down = b.weight(s.experts, s.expert_inner, s.latent), b.weight(s.experts, s.latent, s.expert_inner)
+    up, down = b.stored(s.experts, s.expert_inner, s.latent), b.stored(s.experts, s.latent, s.expert_inner)
     packed = b.kernels.pack_experts(up, down)
     touched = int(routes.experts.unique().numel())
     matrix = s.expert_inner * s.latent
-    minimum = touched * 2 * matrix * up.element_size() + bytes_of(x, x, routes.weights, routes.experts)
+    minimum = touched * bytes_of(up, down) // s.experts + bytes_of(x, x, routes.weights, routes.experts)
     if residual:
         minimum += bytes_of(beside)
     added = {"residual": beside} if residual else {}

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.cases import CASES, Case, backends
 from benchmarks.ops import SIZES, Sizes
-from headrace.kernels import select
+from headrace.kernels import FORMATS, select
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -30,7 +30,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.param(backend, case, sizes, rows, id=f"{backend}-{case.name}-{rows}")
         for backend in backends(DEVICE)
         for case in CASES
-        if case.group == group
+        if case.group == group and case.format in FORMATS[backend]
         for rows in (case.rows(sizes) if timed else case.rows(sizes)[:2][-1:])
     ]
     metafunc.parametrize(("backend", "case", "sizes", "rows"), runs)

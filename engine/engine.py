@@ -48,6 +48,7 @@ from headrace.tokenizer import (
     text_bytes,
 )
 from headrace.tokenizer import load as load_tokenizer
+from headrace.tokenizer.guard import strings_in
 
 LOG = logging.getLogger(__name__)
 EMBEDDED_MODEL = Path(__file__).parent / "tiny"
@@ -196,7 +197,12 @@ class Engine:
         options = options or ChatOptions()
         if self._template is None:
             raise RequestError(f"{self.model_name} has no chat template: use generate()", param="messages")
-        self._check_text(text_bytes(messages), "messages")
+        kwargs = options.chat_template_kwargs
+        untruncated = kwargs.get("truncate_history_thinking") is False
+        kept = untruncated and "truncate_history_thinking" in self._template.arguments
+        self._check_text(text_bytes(messages, reasoning_kept=kept), "messages")
+        given = sum(len(text.encode(errors="replace")) for text in strings_in(dict(kwargs)))
+        self._check_text(given, "chat_template_kwargs")
         try:
             return self._template.render(
                 messages, effort=options.reasoning_effort, kwargs=dict(options.chat_template_kwargs)
@@ -322,6 +328,7 @@ class Engine:
 
         Raises TimeoutError if the step that is under way hangs; only the end of the process then ends it.
         """
+        self._finalizer.detach()  # or the interpreter's end would wait once more for a step that hangs
         self._loop.close(drain, timeout)
         self._kernels.close()
 

@@ -29,21 +29,26 @@ def cache_sizes(model: ModelConfig, config: EngineConfig, device: Device) -> Cac
     )
 
 
-def cache_dtypes(model: ModelConfig, config: EngineConfig) -> tuple[torch.dtype, torch.dtype]:
-    """(convolution inputs', keys' and values'), as ``Caches.allocate`` takes them."""
+def cache_dtypes(
+    model: ModelConfig, config: EngineConfig, capability: tuple[int, int] | None = None
+) -> tuple[torch.dtype, torch.dtype]:
+    """(convolution inputs', keys' and values'), as ``Caches.allocate`` takes them.
+
+    ``capability`` is that of a GPU which is only planned for; None: the device's own.
+    """
     dtype = getattr(torch, config.torch_cache_dtype)
     fp8 = model.quantization is not None and model.quantization.kv_cache == "fp8"
-    if config.kv_dtype == "fp8" or (config.kv_dtype == "auto" and fp8 and _has_fp8_pages(model, config)):
+    if config.kv_dtype == "fp8" or (config.kv_dtype == "auto" and fp8 and _has_fp8_pages(model, config, capability)):
         return dtype, torch.float8_e4m3fn
     return dtype, dtype if config.kv_dtype == "auto" else getattr(torch, config.kv_dtype)
 
 
-def _has_fp8_pages(model: ModelConfig, config: EngineConfig) -> bool:
+def _has_fp8_pages(model: ModelConfig, config: EngineConfig, capability: tuple[int, int] | None) -> bool:
     """Whether the attention kernels take them; the Triton ones say so too, later and by an error."""
     if config.kernels != "triton" or model.attention is None:
         return True
     device = torch.device(config.device)
-    fits = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    fits = device.type != "cuda" or (capability or torch.cuda.get_device_capability(device)) >= (8, 9)
     return fits and model.attention.head_dim % 16 == 0
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -36,6 +37,8 @@ class Kernels:
     sample: Op
     formats: frozenset[Format]
     """Of weights, which its ``pack_linear`` and ``pack_experts`` take."""
+    together: Callable[[], AbstractContextManager[None]] = nullcontext
+    """A context whose ops may all run at its end: inside, only further ops may read what they write."""
     close: Callable[[], None] = lambda: None
     """Ends what the backend keeps, threads say; its ops may not be called afterwards."""
 
@@ -92,7 +95,7 @@ def select(backend: str = "reference", *, threads: int | None = None, instructio
         except NotBuilt as error:
             raise ValueError(f"backend 'native': {error}") from error
         ops = {name: partial(op, pool=pool) for name, op in ops.items()}
-        return Kernels(**ops, formats=FORMATS[backend], close=pool.close)
+        return Kernels(**ops, formats=FORMATS[backend], together=pool.together, close=pool.close)
     return Kernels(**ops, formats=FORMATS[backend])
 
 

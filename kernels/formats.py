@@ -28,8 +28,18 @@ Format = Literal["float", "fp8", "nvfp4"]
 BLOCK = 16
 """Columns that share one block scale of an NVFP4 weight."""
 
+NAN = 0x7F
+"""The one magnitude of e4m3 that is no number, below the sign."""
+
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of the codes 0..7; the codes 8..15 are the same with a minus (8 is -0)."""
+
+
+class NotANumber(ValueError):
+    """A quantised weight that holds NaN; the message has its ``origin``."""
+
+    def __init__(self, weight: Quantised) -> None:
+        super().__init__(f"{weight.origin}{': ' if weight.origin else ''}an {weight.format} weight holds NaN")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,7 @@ class Fp8:
 
     values: Tensor  # [..., N, K] float8_e4m3fn
     scale: Tensor  # [...] fp32, one per matrix
+    origin: str = ""  # file and tensor, for errors
 
     def __post_init__(self) -> None:
         _check("values", self.values, torch.float8_e4m3fn)
@@ -83,7 +94,7 @@ class Fp8:
         return Fp8(self.values[..., first:end, :], self.scale)
 
     def to(self, device: torch.device | str) -> Fp8:
-        return Fp8(self.values.to(device), self.scale.to(device))
+        return Fp8(self.values.to(device), self.scale.to(device), self.origin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +108,7 @@ class Nvfp4:
     codes: Tensor  # [..., N, K / 2] uint8
     block_scales: Tensor  # [..., N, K / 16] float8_e4m3fn
     scale: Tensor  # [...] fp32, one per matrix
+    origin: str = ""  # file and tensor, for errors
 
     def __post_init__(self) -> None:
         _check("codes", self.codes, torch.uint8)
@@ -148,7 +160,7 @@ class Nvfp4:
         return Nvfp4(self.codes[..., first:end, :], self.block_scales[..., first:end, :], self.scale)
 
     def to(self, device: torch.device | str) -> Nvfp4:
-        return Nvfp4(self.codes.to(device), self.block_scales.to(device), self.scale.to(device))
+        return Nvfp4(self.codes.to(device), self.block_scales.to(device), self.scale.to(device), self.origin)
 
 
 Quantised: TypeAlias = Fp8 | Nvfp4
@@ -177,6 +189,15 @@ def tensors_of(weight: Weight) -> tuple[Tensor, ...]:
     if isinstance(weight, Fp8):
         return weight.values, weight.scale
     return weight.codes, weight.block_scales, weight.scale
+
+
+def check_numbers(weight: Weight) -> None:
+    """Raises NotANumber if a quantised weight's e4m3 part (values or block scales) holds NaN. Reads it whole."""
+    if isinstance(weight, Tensor):
+        return
+    e4m3 = weight.values if isinstance(weight, Fp8) else weight.block_scales
+    if bool(((e4m3.view(torch.uint8) & NAN) == NAN).any()):
+        raise NotANumber(weight)
 
 
 def dequantised(weight: Weight) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from headrace.kernels.activation import relu2 as squared_relu
-from headrace.kernels.formats import Fp8, Nvfp4, Quantised, Weight, common_format
+from headrace.kernels.formats import Fp8, Nvfp4, Quantised, Weight, check_numbers, common_format
 from headrace.kernels.norm import Norm, rms_norm
 
 TILE = 16
@@ -50,7 +50,8 @@ def pack_linear(weights: Sequence[Weight], bias: Tensor | None = None, *, dim: i
     inputs do, and the products are summed (all N_i equal). Weights are all fp32, bf16 or fp16, or all ``Fp8``, or all
     ``Nvfp4``; quantised ones may differ in their scales, and are one alone with ``dim`` 1.
 
-    Raises ValueError for weights of several formats, and for several quantised ones with ``dim`` 1.
+    Raises ValueError for weights of several formats, and for several quantised ones with ``dim`` 1; NotANumber for a
+    quantised one that holds NaN.
     """
     packed: Weight
     scale = None
@@ -66,6 +67,8 @@ def _pack_quantised(weights: list[Quantised], dim: int) -> tuple[Weight, Tensor]
     """The bytes of all as one weight, and the scale of each output."""
     if dim == 1 and len(weights) > 1:
         raise ValueError(f"{len(weights)} {weights[0].format} weights with dim 1: each has a scale of its own")
+    for weight in weights:
+        check_numbers(weight)
     scale = torch.cat([w.scale.expand(w.shape[0]) for w in weights])
     one = torch.ones((), device=scale.device)
     if isinstance(weights[0], Fp8):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.activation import relu2, sigmoid
-from headrace.kernels.formats import Fp8, Nvfp4, Weight, common_format, tensors_of
+from headrace.kernels.formats import Fp8, Nvfp4, Weight, check_numbers, common_format, tensors_of
 from headrace.kernels.linear import TILE, multiply_tiles
 
 
@@ -68,7 +68,8 @@ def pack_experts(up: Matrices, down: Matrices) -> PackedExperts:
     """Prepare experts' weights, E of up [I, K] and of down [K, I], for ``experts``; once, at load.
 
     Either all are fp32, bf16 or fp16, or all ``Fp8``, or all ``Nvfp4``; each quantised one has its own scale. Each
-    matrix is asked for once, and not kept beside the result. Raises ValueError for two formats.
+    matrix is asked for once, and not kept beside the result. Raises ValueError for two formats, NotANumber for a
+    quantised matrix that holds NaN.
     """
     common_format((up, down))
     return PackedExperts(_stacked(up), _stacked(down))
@@ -92,6 +93,7 @@ def _stacked(matrices: Matrices) -> Weight:
         stacked = Nvfp4(room(first.codes, torch.uint8), blocks, room(first.scale, torch.float32))
     for expert in range(count):
         matrix = matrices[expert] if expert else first
+        check_numbers(matrix)
         for place, part in zip(tensors_of(stacked), tensors_of(matrix), strict=True):
             place[expert] = part
     return stacked

@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
+import jinja2.nodes
 
 from headrace.tokenizer.base import Tokenizer
 from headrace.tokenizer.errors import ChatError, TokenizerError
@@ -80,6 +81,15 @@ def template_options(effort: str = "high", kwargs: Mapping[str, Any] | None = No
     return options
 
 
+def _locals(tree: jinja2.nodes.Template) -> set[str]:
+    """Names that a template sets for itself. Where it also asks whether a name is defined, it sets a default."""
+    names = tree.find_all(jinja2.nodes.Name)
+    asked = [test.node for test in tree.find_all(jinja2.nodes.Test) if test.name in ("defined", "undefined")]
+    asked += [use.node for use in tree.find_all(jinja2.nodes.Filter) if use.name in ("default", "d") and use.node]
+    defaults = {node.name for node in asked if isinstance(node, jinja2.nodes.Name)}
+    return {name.name for name in names if name.ctx == "store"} - defaults
+
+
 class ChatTemplate:
     """A compiled template and the tokenizer whose markers it writes. Safe to use from several threads."""
 
@@ -90,7 +100,8 @@ class ChatTemplate:
         self._sandbox = Sandbox()
         try:
             self._template = self._sandbox.from_string(source)
-            self._variables = jinja2.meta.find_undeclared_variables(self._sandbox.parse(source))
+            tree = self._sandbox.parse(source)
+            self._variables = jinja2.meta.find_undeclared_variables(tree) - _locals(tree)
         except jinja2.TemplateError as error:
             raise TokenizerError(f"chat template does not compile: {error}") from None
         self._guard = Guard(tuple(tokenizer.markers))

@@ -67,25 +67,28 @@ def check_turns(messages: Any) -> None:
         raise ChatError(problem, param=f"messages[{last}].role", index=last)
 
 
-def text_bytes(messages: Any) -> int:
+def text_bytes(messages: Any, *, reasoning_kept: bool = False) -> int:
     """UTF-8 bytes of the text that `messages` put into a prompt at the least, white space that a template trims apart.
 
-    Earlier reasoning may be dropped, so it counts as much as its longest piece, which was once written in one context.
-    Never raises: what is no message at all counts nothing.
+    Earlier reasoning may be dropped, so it counts as much as its longest piece, which was once written in one context;
+    with `reasoning_kept` all of it counts. Never raises: what is no message at all counts nothing.
     """
     kept = longest = 0
     for message in messages if isinstance(messages, Sequence) else ():
         if not isinstance(message, Mapping):
             continue
         content = message.get("content")
+        inline = 0
         parts = content if isinstance(content, (list, tuple)) else [{"text": content}]
         for text in (part.get("text") for part in parts if isinstance(part, Mapping)):
             answer = text
             if isinstance(text, str) and message.get("role") == "assistant":
                 reasoning, _, answer = text.rpartition(CLOSE_THINK)
-                longest = max(longest, _size(reasoning))
+                inline += _size(reasoning)
             kept += _size(answer)
-        longest = max(longest, _size(message.get("reasoning_content")), _size(message.get("reasoning")))
+        thought = max(inline, _size(message.get("reasoning_content")), _size(message.get("reasoning")))
+        longest = max(longest, thought)
+        kept += thought if reasoning_kept else 0
     return max(kept, longest)
 
 

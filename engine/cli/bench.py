@@ -15,9 +15,7 @@ from headrace.engine.cli.common import UserError
 
 
 def bench(
-    suite: Annotated[
-        str, typer.Argument(help="Which: kernels, sampler, host_step, engine_step, or all of them.")
-    ] = "kernels",
+    suite: Annotated[str, typer.Argument(help="Which: kernels, host_step, engine_step, or all of them.")] = "kernels",
     select: Annotated[str | None, typer.Option("--select", "-k", help="Only names that match, as for pytest.")] = None,
     rows: Annotated[
         Path | None, typer.Option("--rows", help="Append the rows here (JSON lines).", show_default="a temporary file")

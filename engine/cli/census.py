@@ -6,12 +6,20 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import torch
+
 from headrace.engine.config import LayerKind, ModelConfig
 from headrace.engine.model.batch import Caches
-from headrace.engine.model.weights.files import INDEX, SINGLE, list_tensors
+from headrace.engine.model.weights.files import has_tensors
 from headrace.engine.model.weights.header import DTYPES
+from headrace.engine.model.weights.loader import match_tensors
 from headrace.engine.model.weights.names import memory_shapes, places
+from headrace.engine.options import EngineConfig
 from headrace.engine.run.memory import unit_bytes
+from headrace.engine.sizing import cache_dtypes
+
+RECENT = (8, 9)
+"""The compute capability from which on GPUs have e4m3; what a token costs is said of such a one."""
 
 PUBLISHED_IN_FP32 = ("e_score_correction_bias", ".k_scale", ".v_scale")
 """Of the tensors that may have any float format; the others are published in bf16."""
@@ -38,12 +46,15 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Census:
-    """A model in numbers. Costs are of one decoded token of one sequence, MTP module not used."""
+    """A model in numbers. Costs are of one decoded token of one sequence, MTP module not used; caches as on a GPU."""
 
     parts: tuple[Part, ...]
     bytes_are_assumed: bool
     kv_bytes_per_token: int
+    kv_dtype: str
     state_bytes_per_sequence: int
+    draft_parameters: int
+    """Parameters that a draft of the MTP module is multiplied with, the head's among them; 0 without the module."""
 
     @property
     def parameters(self) -> int:
@@ -72,19 +83,33 @@ class Census:
 
 
 def take_census(folder: Path, config: ModelConfig) -> Census:
-    """Count a checkpoint. Raises CheckpointError for damaged files; a folder of only a config.json is enough."""
+    """Count a checkpoint; a folder of only its .json files is enough.
+
+    Raises CheckpointError for damaged files, and for those that would not be loaded with this configuration.
+    """
     parameters: dict[str, int] = {}
+    drafts = 0.0
     for name, shape in memory_shapes(config).items():
         part = _part(name, config)
         parameters[part] = parameters.get(part, 0) + prod(shape)
-    there = (folder / SINGLE).exists() or (folder / INDEX).exists()
+        if part == MTP:
+            drafts += prod(shape) * (_used(EXPERTS, config) if ".experts." in name else 1.0)
+    there = has_tensors(folder)
     stored = _stored_bytes(folder, config) if there else _expected_bytes(config)
     parts = tuple(
         Part(name, _layers(name, config), count, stored.get(name, 0), _used(name, config))
         for name, count in parameters.items()
     )
-    kv_bytes, state_bytes = unit_bytes(Caches.allocate(config, 1, 1, 1, device="meta"))
-    return Census(parts, not there, kv_bytes, state_bytes)
+    dtypes = cache_dtypes(config, EngineConfig(device="cuda", backend="triton"), RECENT)
+    kv_bytes, state_bytes = unit_bytes(Caches.allocate(config, 1, 1, 1, "meta", *dtypes))
+    if drafts:
+        drafts += parameters[HEAD]
+    return Census(parts, not there, kv_bytes, kv_name(dtypes[1]), state_bytes, round(drafts))
+
+
+def kv_name(dtype: torch.dtype) -> str:
+    """Of keys and values, as ``EngineConfig.kv_dtype`` spells it."""
+    return "fp8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
 
 
 def _expected_bytes(config: ModelConfig) -> dict[str, int]:
@@ -101,10 +126,9 @@ def _expected_bytes(config: ModelConfig) -> dict[str, int]:
 
 def _stored_bytes(folder: Path, config: ModelConfig) -> dict[str, int]:
     stored: dict[str, int] = {}
-    for entries in list_tensors(folder).values():
-        for entry in entries:
-            part = _part(entry.name.removeprefix("backbone.").removeprefix("model."), config)
-            stored[part] = stored.get(part, 0) + entry.num_bytes
+    for source in match_tensors(folder, config):
+        part = _part(source.place.name, config)
+        stored[part] = stored.get(part, 0) + source.entry.num_bytes
     return stored
 
 
@@ -112,10 +136,7 @@ def _part(name: str, config: ModelConfig) -> str:
     head, _, rest = name.partition(".")
     if head in ("embeddings", "lm_head", "mtp", "norm_f"):
         return {"embeddings": EMBEDDING, "mtp": MTP}.get(head, HEAD)
-    index = rest.partition(".")[0]
-    if head != "layers" or not index.isdecimal() or int(index) >= len(config.layers):
-        return "unknown tensors"
-    return EXPERTS if ".experts." in name else _LAYERS[config.layers[int(index)]]
+    return EXPERTS if ".experts." in name else _LAYERS[config.layers[int(rest.partition(".")[0])]]
 
 
 def _layers(part: str, config: ModelConfig) -> int:

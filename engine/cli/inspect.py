@@ -20,7 +20,7 @@ def inspect(
         Path | None,
         typer.Argument(
             metavar="[MODEL]",
-            help="Folder of a checkpoint; one with only a config.json will do.",
+            help="Folder of a checkpoint; one with only its .json files will do.",
             show_default="the embedded model",
         ),
     ] = None,
@@ -60,6 +60,7 @@ def _document(config: ModelConfig, census: Census) -> dict[str, Any]:
         "flops_per_token": census.flops_per_token,
         "bytes_read_per_token": census.bytes_read_per_token,
         "kv_bytes_per_token": census.kv_bytes_per_token,
+        "kv_dtype": census.kv_dtype,
         "state_bytes_per_sequence": census.state_bytes_per_sequence,
     }
 
@@ -76,7 +77,7 @@ def _print(config: ModelConfig, census: Census) -> None:
         latent = f", latent {config.moe.latent_size:,}" if config.moe.latent_size else ""
         console.print(f"experts     {config.moe.top_k} of {config.moe.num_experts} per token{latent}, one shared")
     table = Table("part", box=None, pad_edge=False)
-    for heading in ("layers", "parameters", "bf16" if census.bytes_are_assumed else "bytes"):
+    for heading in ("layers", "parameters", "expected bytes" if census.bytes_are_assumed else "bytes"):
         table.add_column(heading, justify="right")
     for part in census.parts:
         table.add_row(part.name, str(part.layers or ""), f"{part.parameters:,}", size(part.num_bytes))
@@ -84,12 +85,14 @@ def _print(config: ModelConfig, census: Census) -> None:
     console.print()
     console.print(table)
     console.print()
-    console.print("One generated token (one sequence, no speculation):")
+    console.print("One generated token (one sequence, no speculation; caches as on a GPU):")
     console.print(f"  active parameters   {census.active_parameters:,}")
     console.print(f"  arithmetic          {census.flops_per_token:,} FLOP")
     console.print(f"  weights read        {size(census.bytes_read_per_token)}")
-    console.print(f"  KV cache            {size(census.kv_bytes_per_token)} per token of context")
-    console.print(f"  Mamba state         {size(census.state_bytes_per_sequence)} per sequence, read and written")
+    console.print(f"  KV cache            {size(census.kv_bytes_per_token)} per token of context, {census.kv_dtype}")
+    console.print(
+        f"  Mamba state         {size(census.state_bytes_per_sequence)} per sequence, read and written, float32"
+    )
 
 
 def size(num_bytes: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
     from headrace.engine.cli.planning import Plan
 
 DOES_NOT_FIT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What does not fit."""
+
+    why: str
+    what_would: list[str]
+    weights: dict[str, int]  # bytes of a device, by part
 
 
 def plan(
@@ -35,7 +45,7 @@ def plan(
     Status 1 if it does not fit.
     """
     from headrace.engine.cli.census import take_census
-    from headrace.engine.cli.planning import GPUS, TP, DoesNotFit, make_plan, what_would_fit
+    from headrace.engine.cli.planning import GPUS, TP, Asked, DoesNotFit, device_weights, make_plan, what_would_fit
     from headrace.engine.config import ModelConfig
 
     if gpu not in GPUS:
@@ -47,14 +57,15 @@ def plan(
         if context > config.max_position_embeddings:
             raise UserError(f"--context {context} is more than the model's {config.max_position_embeddings}")
         census = take_census(model, config)
-        found: dict[str, Plan | tuple[str, list[str]]] = {}
+        found: dict[str, Plan | Refusal] = {}
         for mtp in [False, True] if config.mtp_layers else [False]:
             name = "with MTP" if mtp else "without MTP" if config.mtp_layers else "plan"
-            asked: dict[str, Any] = {"tp": tp, "context": context, "batch": batch, "mtp": mtp}
+            asked = Asked(GPUS[gpu], tp, context, batch, mtp)
             try:
-                found[name] = make_plan(config, census, GPUS[gpu], **asked)
+                found[name] = make_plan(config, census, asked)
             except DoesNotFit as error:
-                found[name] = str(error), what_would_fit(config, census, GPUS[gpu], **asked)
+                changes = what_would_fit(config, census, asked)
+                found[name] = Refusal(str(error), changes, device_weights(census, tp, mtp))
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     if as_json:
@@ -69,22 +80,28 @@ def plan(
         for name, result in found.items():
             console.print()
             show(console, name, result)
-    return 0 if any(not isinstance(result, tuple) for result in found.values()) else DOES_NOT_FIT
+    return 0 if any(not isinstance(result, Refusal) for result in found.values()) else DOES_NOT_FIT
 
 
-def document(result: Plan | tuple[str, list[str]]) -> dict[str, Any]:
+def document(result: Plan | Refusal) -> dict[str, Any]:
     """For machines. Bytes are of one device, seconds of one step."""
-    if isinstance(result, tuple):
-        return {"fits": False, "why": result[0], "what_would": result[1]}
+    if isinstance(result, Refusal):
+        return {"fits": False, "why": result.why, "what_would": result.what_would, "weights": result.weights}
+    from headrace.engine.cli.planning import RESERVED
+
     roof, sizes = result.roof, result.sizes
     return {
         "fits": True,
         "weights": result.weights,
+        "reserved_bytes": RESERVED,
         "state_bytes": result.state_bytes,
         "page_bytes": result.page_bytes,
         "step_bytes": result.step_bytes,
         "slots": sizes.num_slots,
         "pages": sizes.num_pages,
+        "kv_dtype": result.kv_dtype,
+        "most_slots": result.most_slots,
+        "most_pages": result.most_pages,
         "longest_context": result.longest_context,
         "step_seconds": roof.seconds,
         "limit": roof.limit,
@@ -93,26 +110,35 @@ def document(result: Plan | tuple[str, list[str]]) -> dict[str, Any]:
     }
 
 
-def show(console: Console, name: str, result: Plan | tuple[str, list[str]]) -> None:
+def show(console: Console, name: str, result: Plan | Refusal) -> None:
     """For people."""
     from rich.table import Table
 
-    if isinstance(result, tuple):
-        why, changes = result
-        console.print(f"{name}: does not fit: {why}", markup=False)
-        console.print(f"  what would: {', or '.join(changes) or 'nothing that is in the table'}", markup=False)
-        return
-    sizes, roof, total = result.sizes, result.roof, result.gpu.memory
+    from headrace.engine.cli.planning import RESERVED
+
     memory = Table(name, box=None, pad_edge=False)
     memory.add_column("a device", justify="right")
     for part, num_bytes in result.weights.items():
         memory.add_row(part, size(num_bytes))
+    if isinstance(result, Refusal):
+        memory.add_row("all weights", size(sum(result.weights.values())))
+        console.print(memory)
+        console.print(f"does not fit: {result.why}", markup=False)
+        console.print(
+            f"  what would: {', or '.join(result.what_would) or 'nothing that is in the table'}", markup=False
+        )
+        return
+    sizes, roof = result.sizes, result.roof
     memory.add_row(f"Mamba state, {sizes.num_slots} slots and {sizes.padding} for padding", size(result.state_bytes))
-    memory.add_row(f"KV, {sizes.num_pages:,} pages of {sizes.page_size} tokens", size(result.page_bytes))
+    pages = f"KV in {result.kv_dtype}, {sizes.num_pages:,} pages of {sizes.page_size} tokens"
+    memory.add_row(pages, size(result.page_bytes))
     memory.add_row("a step's own tensors, at most", size(result.step_bytes))
-    taken = result.weight_bytes + result.state_bytes + result.page_bytes + result.step_bytes
-    memory.add_row("left", size(max(0, total - taken)))
+    memory.add_row("reserved for the driver and libraries", size(RESERVED))
+    taken = result.weight_bytes + result.state_bytes + result.page_bytes + result.step_bytes + RESERVED
+    memory.add_row("left", size(result.gpu.memory - taken))
     console.print(memory)
+    console.print(f"slots that fit with that context each: {result.most_slots:,}")
+    console.print(f"pages that fit beside {sizes.num_slots} slots: {result.most_pages:,}")
     console.print(f"longest context of one sequence beside such slots: {result.longest_context:,} tokens")
     times = Table("a decode step, at best", box=None, pad_edge=False)
     times.add_column("ms", justify="right")

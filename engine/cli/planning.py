@@ -6,17 +6,18 @@ and states are divided by ``tp`` devices evenly; keys and values are too, up to 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
-from headrace.engine.cli.census import EMBEDDING, EXPERTS, HEAD, MTP, Census
+from headrace.engine.cli.census import EMBEDDING, EXPERTS, HEAD, MTP, Census, kv_name
 from headrace.engine.config import LayerKind, ModelConfig
 from headrace.engine.model.batch import Caches
 from headrace.engine.options import EngineConfig
 from headrace.engine.run.memory import CACHE_SHARE, CacheSizes, plan_caches, unit_bytes
 from headrace.engine.run.padding import padding_rows
-from headrace.engine.sizing import step_bytes
+from headrace.engine.sizing import cache_dtypes, step_bytes
 
 GIB = 1 << 30
 
@@ -29,15 +30,16 @@ class Gpu:
     memory: int  # bytes
     bytes_per_s: float
     flops_per_s: float  # of bf16 products, which quantised weights are expanded for
+    capability: tuple[int, int]  # compute capability
 
 
 GPUS = {
-    "a100": Gpu("A100 80 GB SXM", 81920 << 20, 2.039e12, 312e12),
-    "h100": Gpu("H100 80 GB SXM", 81559 << 20, 3.35e12, 989e12),
-    "h200": Gpu("H200 SXM", 143771 << 20, 4.8e12, 989e12),
-    "b200": Gpu("B200", 183359 << 20, 8.0e12, 2250e12),
-    "rtx-pro-6000": Gpu("RTX PRO 6000 Blackwell", 97887 << 20, 1.792e12, 504e12),
-    "gb10": Gpu("GB10 (DGX Spark)", 119 * GIB, 0.273e12, 125e12),
+    "a100": Gpu("A100 80 GB SXM", 81920 << 20, 2.039e12, 312e12, (8, 0)),
+    "h100": Gpu("H100 80 GB SXM", 81559 << 20, 3.35e12, 989e12, (9, 0)),
+    "h200": Gpu("H200 SXM", 143771 << 20, 4.8e12, 989e12, (9, 0)),
+    "b200": Gpu("B200", 183359 << 20, 8.0e12, 2250e12, (10, 0)),
+    "rtx-pro-6000": Gpu("RTX PRO 6000 Blackwell", 97887 << 20, 1.792e12, 504e12, (12, 0)),
+    "gb10": Gpu("GB10 (DGX Spark)", 119 * GIB, 0.273e12, 125e12, (12, 1)),
 }
 """By the name that ``headrace plan --gpu`` takes."""
 
@@ -54,6 +56,20 @@ DRAFTS, ACCEPTED = 3, 2.67
 """Drafts a step, and tokens a step that come of them: the published acceptance of 73.5 % a draft."""
 
 TP = (1, 2, 4, 8)
+
+MOST_SEQUENCES = 1 << 16
+"""More are not looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is to be planned."""
+
+    gpu: Gpu
+    tp: int
+    context: int  # tokens of every sequence
+    batch: int  # sequences
+    mtp: bool  # with the MTP module in memory and in use
 
 
 class DoesNotFit(ValueError):
@@ -106,7 +122,10 @@ class Plan:
     tp: int
     weights: dict[str, int]  # bytes by part
     sizes: CacheSizes  # page_bytes and slot_bytes are this device's
-    longest_context: int  # tokens of one sequence that has all pages that fit
+    kv_dtype: str
+    most_slots: int  # sequences of the context asked for that fit
+    most_pages: int  # that fit beside the slots asked for; 0 if the model has none
+    longest_context: int  # tokens of one sequence that has all of these pages
     step_bytes: int
     roof: Roof
 
@@ -123,51 +142,107 @@ class Plan:
         return (self.sizes.num_pages + self.sizes.padding) * self.sizes.page_bytes
 
 
-def make_plan(config: ModelConfig, census: Census, gpu: Gpu, *, tp: int, context: int, batch: int, mtp: bool) -> Plan:
-    """``batch`` sequences of ``context`` tokens each, with or without the MTP module in memory and in use.
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """Caches that fit, before anything is said of speed."""
 
-    Raises DoesNotFit, and ValueError for sizes that the model cannot be divided by.
-    """
+    sizes: CacheSizes
+    kv_dtype: str
+    step_bytes: int
+    most_pages: int
+
+
+def make_plan(config: ModelConfig, census: Census, asked: Asked) -> Plan:
+    """Raises DoesNotFit, and ValueError for sizes that the model cannot be divided by."""
+    fit = _fit(config, census, asked)
+    batch, limit = asked.batch, config.max_position_embeddings
+    slots = _most_sequences(config, census, asked, batch, MOST_SEQUENCES)
+    longest = min(limit, fit.most_pages * fit.sizes.page_size) if fit.sizes.page_bytes else limit
+    return Plan(
+        asked.gpu,
+        asked.tp,
+        device_weights(census, asked.tp, asked.mtp),
+        fit.sizes,
+        fit.kv_dtype,
+        slots,
+        fit.most_pages,
+        longest,
+        fit.step_bytes,
+        roof(config, census, fit.sizes, asked),
+    )
+
+
+def device_weights(census: Census, tp: int, mtp: bool) -> dict[str, int]:
+    """Bytes on one device, by part."""
+    return {part.name: -(-part.num_bytes // tp) for part in census.parts if mtp or part.name != MTP}
+
+
+def _fit(config: ModelConfig, census: Census, asked: Asked) -> _Fit:
+    """Raises what ``make_plan`` raises."""
+    gpu, tp, context, batch, mtp = asked.gpu, asked.tp, asked.context, asked.batch, asked.mtp
     part = _divided(config, tp, mtp)
-    weights = {p.name: -(-p.num_bytes // tp) for p in census.parts if mtp or p.name != MTP}
-    rest = gpu.memory - RESERVED - sum(weights.values())
+    weights = sum(device_weights(census, tp, mtp).values())
+    rest = gpu.memory - RESERVED - weights
     if rest <= 0:
         raise DoesNotFit(
-            f"the weights take {_gib(sum(weights.values()))} a device, {_gib(RESERVED)} are reserved, and "
+            f"the weights take {_gib(weights)} a device, {_gib(RESERVED)} are reserved, and "
             f"{gpu.name} has {_gib(gpu.memory)}"
         )
     engine = EngineConfig(device="cuda", max_sequences=batch, max_context=context, backend="triton")
-    one = Caches.allocate(part, 1, 1, engine.page_size, device="meta", dtype=torch.bfloat16)
-    scratch = step_bytes(part, engine)
-    needed = unit_bytes(one)[0] * -(-context // engine.page_size) * batch
-    try:
-        sizes = plan_caches(
-            one,
-            _Budget(rest),
-            num_slots=batch,
-            page_size=engine.page_size,
-            model_context=config.max_position_embeddings,
-            max_context=context,
-            step_bytes=scratch,
-            padding=padding_rows("triton", batch),
-        )
-    except ValueError as error:
-        raise DoesNotFit(f"beside {_gib(sum(weights.values()))} of weights: {error}") from error
-    if sizes.num_pages * sizes.page_bytes < needed:
+    dtypes = cache_dtypes(part, engine, gpu.capability)
+    one = Caches.allocate(part, 1, 1, engine.page_size, "meta", *dtypes)
+    page_bytes, slot_bytes = unit_bytes(one)
+    padding, scratch = padding_rows("triton", batch), step_bytes(part, engine)
+    states, left = (batch + padding) * slot_bytes, rest - scratch
+    beside = f"beside {_gib(weights)} of weights and {_gib(scratch)} of a step's own tensors"
+    if states > left:
         raise DoesNotFit(
-            f"{batch} sequences of {context:,} tokens need {_gib(needed)} of KV pages, "
-            f"{_gib(sizes.num_pages * sizes.page_bytes)} are left for them"
+            f"--batch {batch} needs {_gib(states)} of Mamba state; {beside}, {_gib(max(0, left))} are left"
         )
-    most = max(0, rest - scratch - (batch + sizes.padding) * sizes.slot_bytes) * CACHE_SHARE["cuda"]
-    pages = int(most / sizes.page_bytes) if sizes.page_bytes else 0
-    longest = min(config.max_position_embeddings, pages * sizes.page_size if sizes.page_bytes else 1 << 60)
-    return Plan(gpu, tp, weights, sizes, longest, scratch, roof(config, census, gpu, tp, sizes, context, batch, mtp))
+    pages = batch * -(-context // engine.page_size)
+    most_pages = int((left - states) * CACHE_SHARE["cuda"]) // page_bytes - padding if page_bytes else 0
+    if page_bytes and most_pages < pages:
+        raise DoesNotFit(
+            f"--batch {batch} with --context {context} needs {_gib(pages * page_bytes)} of KV pages; {beside} and "
+            f"{_gib(states)} of Mamba state, {_gib(max(0, most_pages) * page_bytes)} are left for them"
+        )
+    sizes = plan_caches(
+        one,
+        _Budget(rest),
+        num_slots=batch,
+        page_size=engine.page_size,
+        model_context=config.max_position_embeddings,
+        max_context=context,
+        step_bytes=scratch,
+        padding=padding,
+    )
+    return _Fit(sizes, kv_name(dtypes[1]), scratch, most_pages)
 
 
-def roof(
-    config: ModelConfig, census: Census, gpu: Gpu, tp: int, sizes: CacheSizes, context: int, batch: int, mtp: bool
-) -> Roof:
+def _fits(config: ModelConfig, census: Census, asked: Asked) -> bool:
+    try:
+        _fit(config, census, asked)
+    except ValueError:
+        return False
+    return True
+
+
+def _most_sequences(config: ModelConfig, census: Census, asked: Asked, low: int, high: int) -> int:
+    """From low to high, in place of ``asked.batch``."""
+    return _largest(low, high, lambda batch: _fits(config, census, replace(asked, batch=batch)))
+
+
+def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from low (which fits, or 0) to high that fits, where all smaller ones do."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def roof(config: ModelConfig, census: Census, sizes: CacheSizes, asked: Asked) -> Roof:
     """Every weight that is needed is read once, states are read and written once, the context's KV is read once."""
+    gpu, tp, batch, mtp = asked.gpu, asked.tp, asked.batch, asked.mtp
     rows = batch * (1 + DRAFTS) if mtp else batch
     read: dict[str, float] = {}
     for p in census.parts:
@@ -179,45 +254,38 @@ def roof(
         stored = {p.name: p.num_bytes for p in census.parts}
         read[MTP] = DRAFTS * (_mtp_share(config, batch) * stored[MTP] + stored[HEAD]) / tp
     read["Mamba state"] = 2.0 * batch * sizes.slot_bytes
-    read["KV cache"] = float(batch * -(-context // sizes.page_size) * sizes.page_bytes)
+    read["KV cache"] = float(batch * -(-asked.context // sizes.page_size) * sizes.page_bytes)
+    drafts = 2 * DRAFTS * batch * census.draft_parameters if mtp else 0
     layers = len(config.layers) + (DRAFTS * len(config.mtp_layers) if mtp else 0)
     return Roof(
         {name: num_bytes / gpu.bytes_per_s for name, num_bytes in read.items()},
-        arithmetic=rows * census.flops_per_token / tp / gpu.flops_per_s,
+        arithmetic=(rows * census.flops_per_token + drafts) / tp / gpu.flops_per_s,
         launches=layers * LAUNCHES_PER_LAYER * LAUNCH_SECONDS,
         tokens=batch * ACCEPTED if mtp else float(batch),
     )
 
 
-def what_would_fit(
-    config: ModelConfig, census: Census, gpu: Gpu, *, tp: int, context: int, batch: int, mtp: bool
-) -> list[str]:
-    """Changes of one kind each that make it fit, the least first."""
+def what_would_fit(config: ModelConfig, census: Census, asked: Asked) -> list[str]:
+    """Changes that make it fit, of one kind each: the largest batch and context, the fewest and smallest devices.
 
-    def fits(**change: object) -> bool:
-        asked = {"gpu": gpu, "tp": tp, "context": context, "batch": batch, "mtp": mtp, **change}
-        try:
-            make_plan(config, census, asked.pop("gpu"), **asked)  # type: ignore[arg-type]
-        except ValueError:
-            return False
-        return True
-
-    found = []
-    if mtp and fits(mtp=False):
+    If there is none: the most sequences for each number of devices.
+    """
+    tp, found = asked.tp, []
+    if asked.mtp and _fits(config, census, replace(asked, mtp=False)):
         found.append("without the MTP module")
-    if fewer := next((n for n in _below(batch) if fits(batch=n)), None):
+    if fewer := _most_sequences(config, census, asked, 0, asked.batch - 1):
         found.append(f"--batch {fewer}")
-    if shorter := next((n for n in _below(context) if fits(context=n)), None):
+    if (shorter := _largest(1, asked.context - 1, lambda n: _fits(config, census, replace(asked, context=n)))) > 1:
         found.append(f"--context {shorter}")
-    if more := next((n for n in TP if n > tp and fits(tp=n)), None):
+    if more := next((n for n in TP if n > tp and _fits(config, census, replace(asked, tp=n))), None):
         found.append(f"--tp {more}")
-    found += [f"--gpu {name}" for name, other in GPUS.items() if other.memory > gpu.memory and fits(gpu=other)]
+    larger = {name: gpu for name, gpu in GPUS.items() if gpu.memory > asked.gpu.memory}
+    found += [f"--gpu {name}" for name, gpu in larger.items() if _fits(config, census, replace(asked, gpu=gpu))]
+    if not found:
+        for more in (n for n in TP if n > tp):
+            if fewer := _most_sequences(config, census, replace(asked, tp=more), 0, asked.batch - 1):
+                found.append(f"--tp {more} --batch {fewer}")
     return found
-
-
-def _below(number: int) -> list[int]:
-    """Powers of two below, the largest first."""
-    return [1 << n for n in range(number.bit_length(), -1, -1) if 1 << n < number]
 
 
 def _divided(config: ModelConfig, tp: int, mtp: bool) -> ModelConfig:

@@ -10,6 +10,7 @@ Nothing is calibrated: there are no ``input_scale`` tensors (weights only), and 
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import sys
 from collections import deque
@@ -62,6 +63,11 @@ def quantize(
 
 STORED_AS = {"fp8": ("weight", "weight_scale"), "nvfp4": ("weight", "weight_scale", "weight_scale_2")}
 """Names of a weight's tensors, in the order of ``formats.tensors_of``."""
+
+OTHER_WEIGHTS = {
+    *("safetensors", "bin", "pt", "pth", "ckpt", "gguf", "ggml", "h5", "msgpack", "onnx", "npz"),
+}
+"""Parts of the names of files that hold the float weights once more, or an index of those; they are not copied."""
 
 ROWS = 256
 """Of a matrix, that are compared at a time: in float64 the whole of it may not fit."""
@@ -117,10 +123,11 @@ def quantize_checkpoint(
     max_shard_bytes: int | None = None,
     progress: bool = False,
 ) -> Report:
-    """Read ``model`` tensor by tensor, write ``out``. config.json comes last: what is not whole cannot be loaded.
+    """Read ``model`` tensor by tensor, write ``out``, which has that name once it is whole.
 
     Raises ValueError (CheckpointError, ConfigError) for a checkpoint that cannot be read, is quantised already or has
-    nothing to quantise, for patterns that match nothing, and for an ``out`` that holds something.
+    nothing to quantise, for patterns that match nothing, and for an ``out`` that holds something; OSError for what
+    cannot be written.
     """
     from headrace.engine.config import ModelConfig
     from headrace.engine.model.weights.names import places
@@ -138,20 +145,35 @@ def quantize_checkpoint(
     inside, beside = write_quantization({published_name(name): form for name, form in chosen.items()}, _version())
     document = json.loads((model / "config.json").read_text(encoding="utf-8")) | {"quantization_config": inside}
     places(ModelConfig.from_json(document, beside))  # refuses what could not be loaded
-    out.mkdir(parents=True, exist_ok=True)
-    writer = Writer(out, max_shard_bytes or MAX_SHARD_BYTES)
     report = Report(unfit=unfit)
-    try:
+    with _whole_folder(out) as folder:
+        writer = Writer(folder, max_shard_bytes or MAX_SHARD_BYTES)
         _write_tensors(model, config, chosen, writer, report, progress)
-    except BaseException:
-        writer.discard()
-        raise
-    for file in sorted(model.iterdir()):
-        if file.is_file() and ".safetensors" not in file.name and file.name != "config.json":
-            shutil.copyfile(file, out / file.name)
-    (out / HF_QUANT_CONFIG).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
-    (out / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        for file in sorted(model.iterdir()):
+            if file.is_file() and not OTHER_WEIGHTS & set(file.name.lower().split(".")[1:]):
+                shutil.copyfile(file, folder / file.name)
+        (folder / HF_QUANT_CONFIG).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+@contextmanager
+def _whole_folder(out: Path) -> Iterator[Path]:
+    """A new folder beside ``out``, to be written inside the context; then it is ``out``; after an error, nothing."""
+    out = out.resolve()
+    if out.is_mount():
+        raise ValueError(f"{out} is where a file system is mounted; OUT must be a folder in it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    partial.mkdir()
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()  # it is empty; not every system renames onto a folder
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def choose(config: ModelConfig, target: Format, keep: Sequence[str] = ()) -> tuple[dict[str, Format], list[str]]:
@@ -174,8 +196,9 @@ def choose(config: ModelConfig, target: Format, keep: Sequence[str] = ()) -> tup
     narrow = {
         name.partition(".experts.")[0] for name, form in chosen.items() if form == "nvfp4" and linear[name][1] % BLOCK
     }
-    unfit = [name for name, form in chosen.items() if form == "nvfp4" and name.partition(".experts.")[0] in narrow]
-    return {name: form for name, form in chosen.items() if name not in set(unfit)}, unfit
+    unfit = {name for name, form in chosen.items() if form == "nvfp4" and name.partition(".experts.")[0] in narrow}
+    fit = {name: form for name, form in chosen.items() if name not in unfit}
+    return fit, [name for name in chosen if name in unfit]
 
 
 def _recipe(module: str, target: Format) -> Format | None:

@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,8 @@ from headrace.engine.cli.common import UserError, engine_config, load_engine
 from headrace.engine.cli.startup import loading_plan, serving_plan
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
     from headrace.engine import Engine, EngineConfig
     from headrace.engine.serve.run import DrainingServer
 
@@ -45,6 +47,9 @@ def serve(
     drain_seconds: Annotated[
         float, typer.Option(help="How long running answers may go on after SIGTERM.", min=0)
     ] = 60.0,
+    stall_seconds: Annotated[
+        float, typer.Option(help="A step that takes longer fails /health/live: only a restart would help.", min=1)
+    ] = 300.0,
     log_level: Annotated[
         Literal["error", "warning", "info", "debug"],
         typer.Option(help="What to log, on stderr; info has a line for every request."),
@@ -61,7 +66,6 @@ def serve(
     """
     # Read once, when torch loads OpenMP: its threads, idle between two ops, are not to spin beside the event loop.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from headrace.engine.serve.app import create_app
     from headrace.engine.serve.profiles import PROFILES
     from headrace.engine.serve.run import DrainingServer, url_of
 
@@ -69,12 +73,17 @@ def serve(
         device=device, backend=backend, threads=threads, instructions=instructions, max_sequences=max_sequences,
         max_waiting=max_waiting, max_context=max_context, kv_dtype=kv_dtype,
     )  # fmt: skip
-    keys = _keys(api_key_file)
-    listener = _listener(host, port, keys)
-    # The port is open while the model loads: health checks see 503 with Retry-After instead of nothing.
-    app = create_app(None, profile=PROFILES[profile], keys=keys, served_name=served_model_name)
+    listener, app = _front(
+        host, port, api_key_file,
+        profile=PROFILES[profile], served_name=served_model_name, stall_seconds=stall_seconds,
+    )  # fmt: skip
     server = DrainingServer(app, drain_seconds=drain_seconds, log_level=log_level)
     loading = Loading(server, model, config, url_of(listener), profile)
+    _serve(server, loading, listener)
+
+
+def _serve(server: DrainingServer, loading: Loading, listener: socket.socket) -> None:
+    """Until it is told to end. Raises what loading raised, and Exit with status 1 if the engine failed for good."""
     loading.start()
     try:
         server.run(sockets=[listener])
@@ -142,6 +151,17 @@ def tell(lines: list[str]) -> None:
     """Say what the server is about to do, or does, to whoever started it."""
     for line in lines:
         print(f"headrace: {line}", file=sys.stderr, flush=True)
+
+
+def _front(host: str, port: int, key_file: Path | None, **options: Any) -> tuple[socket.socket, Starlette]:
+    """The open port and the application, which has digests of the keys. The keys themselves end here.
+
+    The port is open while the model loads: health checks see 503 with Retry-After instead of nothing.
+    """
+    from headrace.engine.serve.app import create_app
+
+    keys = _keys(key_file)
+    return _listener(host, port, keys), create_app(None, keys=keys, **options)
 
 
 def _listener(host: str, port: int, keys: list[str]) -> socket.socket:

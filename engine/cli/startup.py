@@ -19,6 +19,7 @@ def loading_plan(model: str | None, config: EngineConfig) -> list[str]:
     """
     from headrace.engine.engine import EMBEDDED_MODEL, EMBEDDED_NAME
     from headrace.engine.model.weights.files import list_tensors
+    from headrace.engine.naming import model_name
 
     folder = EMBEDDED_MODEL if model is None else Path(model)
     formats: Counter[str] = Counter()
@@ -27,7 +28,7 @@ def loading_plan(model: str | None, config: EngineConfig) -> list[str]:
             formats[entry.dtype] += entry.num_bytes
     listed = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in formats.most_common())
     return [
-        f"model    {EMBEDDED_NAME if model is None else folder.resolve().name}",
+        f"model    {EMBEDDED_NAME if model is None else model_name(folder)}",
         f"device   {config.device}, {kernels(config)}",
         f"weights  {size(formats.total())}: {listed}",
     ]

@@ -95,7 +95,9 @@ class Embedding:
 
     def __init__(self, kernels: Kernels, weights: Weights, name: str) -> None:
         self._embed = kernels.embed
-        self._weight = weights[f"{name}.weight"]
+        weight = weights[f"{name}.weight"]
+        # Nothing packs it, so on a CPU it may be a view of the file, which others may rewrite or cut short.
+        self._weight = weight.clone() if weight.device.type == "cpu" else weight
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """token_ids [T] int64 -> [T, hidden] fp32."""

@@ -7,6 +7,7 @@ none after. There is no positional encoding anywhere: order comes from the Mamba
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -48,10 +49,12 @@ class NemotronH:
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: Caches) -> Tensor:
         """Run one step and advance the caches -> hidden states [T, hidden] fp32 after the final norm."""
-        x = self.embeddings(batch.token_ids)
-        for layer in self.layers:
-            x = layer(x, batch, caches)
-        hidden: Tensor = self.kernels.rms_norm(x, self.norm_f)
+        # With chunks among the rows torch joins what several ops have written, so they cannot wait for each other.
+        with nullcontext() if batch.chunk_slots else self.kernels.together():
+            x = self.embeddings(batch.token_ids)
+            for layer in self.layers:
+                x = layer(x, batch, caches)
+            hidden: Tensor = self.kernels.rms_norm(x, self.norm_f)
         return hidden
 
     @torch.inference_mode()

@@ -79,25 +79,27 @@ def plan_caches(
     available = device.available_bytes()
     state_bytes = (num_slots + padding) * slot_bytes
     beside = f" with {padding} for padding rows" if padding else ""
-    if state_bytes > available // 2:
+    # A CPU's memory is shared with all else. Of a GPU's, the states may have what a step and the pages leave.
+    share, room = ("what a step leaves", available - step_bytes) if device.cuda else ("half", available // 2)
+    if state_bytes > room:
         raise ValueError(
-            f"max_sequences {num_slots} needs {state_bytes:,} bytes of state{beside}; half of the available memory "
-            f"holds {max(0, available // 2 // slot_bytes - padding)}"
+            f"max_sequences {num_slots} needs {state_bytes:,} bytes of state{beside}; {share} of the available memory "
+            f"holds {max(0, room // slot_bytes - padding)}"
         )
     if max_context is not None and max_context > model_context:
         raise ValueError(f"max_context {max_context} is more than the model's {model_context}")
     context = max_context or model_context
+    rest = available - state_bytes - step_bytes if device.cuda else available
     if num_pages is None:
         useful = num_slots * -(-context // page_size)
-        rest = max(0, available - state_bytes - step_bytes) if device.cuda else available
         budget = int(rest * CACHE_SHARE[device.torch.type]) if cache_bytes is None else cache_bytes
         num_pages = min(useful, budget // page_bytes - padding) if page_bytes else useful
         if num_pages * page_size < 2:
             raise ValueError(
                 f"cache_bytes {budget:,} holds no page{beside}: one of {page_size} tokens takes {page_bytes:,}"
             )
-    elif (needed := (num_pages + padding) * page_bytes) > available:
-        raise ValueError(f"num_pages {num_pages} needs {needed:,} bytes{beside}; {available:,} are available")
+    elif (needed := (num_pages + padding) * page_bytes) > rest:
+        raise ValueError(f"num_pages {num_pages} needs {needed:,} bytes{beside}; {rest:,} are available")
     capacity = num_pages * page_size
     if capacity < (max_context or 2):
         raise ValueError(f"{num_pages} pages of {page_size} tokens hold {capacity}, less than max_context {context}")

@@ -2,11 +2,12 @@
 
 - no request, or half of one's head: closed after HEAD_SECONDS;
 - a reader that takes nothing: what waits for it in this process is at most one event beyond the kernel's own buffer
-  (tokens pile up in the engine's inbox, are put together, and are bounded by max_tokens), and after STALL_SECONDS
-  without a byte taken the connection is cut, which frees what its request held;
+  (tokens pile up in the engine's inbox, are put together, and are bounded by max_tokens), and one that in STALL_SECONDS
+  takes neither all of it nor LEAST_RATE is cut, which frees what its request held;
 - a peer that vanished without a word: TCP keep-alive and TCP_USER_TIMEOUT find out;
 - one that sends on while it is being answered: read all the same, or its leaving would not be seen; at most EARLY_BYTES
-  are kept for after the answer, more cuts the connection;
+  are kept for after the answer, more cuts the connection; what cannot be a request any more (``Connection: close``) is
+  dropped;
 - more connections than MAX_CONNECTIONS, or than there are open files for: 503 at once.
 """
 
@@ -28,6 +29,9 @@ from headrace.engine.serve.service import Service
 
 HEAD_SECONDS = 30.0
 STALL_SECONDS = 60.0
+LEAST_RATE = 1 << 10
+"""Bytes a second, over STALL_SECONDS, that a reader has to take of what waits for it."""
+
 EARLY_BYTES = 64 << 10
 MAX_CONNECTIONS = 4096
 RESERVED_FILES = 256
@@ -64,6 +68,8 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """More of a request, or what comes before an answer has ended."""
+        if self.conn.their_state in (h11.MUST_CLOSE, h11.CLOSED):  # said to be its last request: no error of it
+            return
         if self.conn.their_state is not h11.SEND_BODY and not self.conn.trailing_data[0]:
             data = data.lstrip(b"\r\n")  # empty lines before a request mean nothing (RFC 9112, 2.2)
             if not data:
@@ -125,7 +131,7 @@ class Connection(H11Protocol):
 
     def _check_stall(self, before: int) -> None:
         left = self.transport.get_write_buffer_size()
-        if left >= before:
+        if before - left < STALL_SECONDS * LEAST_RATE:
             self.transport.abort()
         else:
             self._watch_stall(left)
@@ -142,6 +148,9 @@ class Connection(H11Protocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer what never becomes a request of the application, and log it as one."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer has begun: nothing may follow it
+            self.transport.abort()
+            return
         app: Any = self.config.app
         service: Service = app.state.service
         record = Record(

@@ -118,8 +118,11 @@ class Endpoints:
     async def openapi(self, request: Request) -> Response:
         """``GET /openapi.json``."""
         service = self._service
-        model = service.name_of(service.engine) if service.loaded else None
+        engine = service.engine if service.loaded else None
+        model = None if engine is None else service.name_of(engine)
         body = self._documents.get(model)  # needs no key, and takes as long to make as a step of a small model
         if body is None:
-            body = self._documents[model] = dumped(document(service.profile, model, keys=service.access.has_keys))
+            max_context = None if engine is None else engine.max_context
+            made = document(service.profile, model, keys=service.access.has_keys, max_context=max_context)
+            body = self._documents[model] = dumped(made)
         return Response(body, media_type=JSON)

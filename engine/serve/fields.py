@@ -7,7 +7,9 @@ tolerated; a known one that would change the output and is not implemented is re
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from itertools import islice
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -20,6 +22,12 @@ T = TypeVar("T")
 B = TypeVar("B", bound="Body")
 
 MAX_SHOWN = 60
+MIN_VALUES = 1 << 18
+"""Values that any body may have; with a large context more (see ``max_values``). Sixty-four prompts of 4096 ids fit."""
+_OF_VALUES = (b",", b"[", b"{")
+_OUTSIDE_TEXTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,\[{]', re.DOTALL)
+"""A whole text, or one of the characters that values cannot do without."""
+
 STRING, ARRAY = "#string", "#array"
 """Tags of the two forms of a field that is a string or an array. A tag begins with # and is not shown in a path."""
 
@@ -62,7 +70,8 @@ def form(value: Any) -> str:
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop = Annotated[
-    Annotated[StopString, Tag(STRING)] | Annotated[list[StopString], Field(max_length=MAX_STOPS), Tag(ARRAY)],
+    Annotated[StopString, Tag(STRING)]
+    | Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True), Tag(ARRAY)],
     Discriminator(form),
 ]
 Budget = Annotated[int, Field(ge=-1, le=MAX_TOKENS_LIMIT)]
@@ -127,8 +136,15 @@ UNIMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
 (``top_k`` and ``thinking`` among them, which gateways add to every request) count as unknown."""
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a request body. NaN, lone surrogates, wrong UTF-8 and deep nesting are not JSON here."""
+def parse_object(body: bytes, max_context: int) -> dict[str, Any]:
+    """The JSON object in a request body. NaN, lone surrogates, wrong UTF-8 and deep nesting are not JSON here.
+
+    Raises ApiError: 413 for more values than a body for a context of ``max_context`` tokens needs, 400 for no object.
+    """
+    limit = max_values(max_context)
+    if _has_more_values(body, limit):  # no other thread runs while a body is parsed
+        message = f"the body has more than {limit} values (items of arrays, fields of objects)"
+        raise ApiError(413, message, code="too_many_values")
     try:
         data = from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -136,6 +152,19 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ApiError(400, "the body must be a JSON object", code="malformed_json")
     return data
+
+
+def max_values(max_context: int) -> int:
+    """Values that a body may have: two for each token, or MIN_VALUES."""
+    return max(2 * max_context, MIN_VALUES)
+
+
+def _has_more_values(body: bytes, limit: int) -> bool:
+    if sum(map(body.count, _OF_VALUES)) <= limit:
+        return False
+    # Commas and brackets of texts are no matter. This goes piece by piece: other threads have their turns.
+    marks = (piece for piece in _OUTSIDE_TEXTS.finditer(body) if body[piece.start()] != ord('"'))
+    return next(islice(marks, limit, None), None) is not None
 
 
 def validated(model: type[B], data: Mapping[str, Any]) -> B:
@@ -183,6 +212,7 @@ def alias(value: T | None, other: T | None, param: str, other_name: str) -> T | 
     return other if value is None else value
 
 
+_encoder = json.JSONEncoder(ensure_ascii=False, default=str)
 _PHRASES = {
     "missing": "is required",
     "int_type": "must be an integer",
@@ -225,5 +255,9 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 def shown(value: Any) -> str:
     """A value as it may stand in a message: JSON, cut short."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = ""
+    for piece in _encoder.iterencode(value[: MAX_SHOWN + 1] if isinstance(value, str) else value):
+        text += piece
+        if len(text) > MAX_SHOWN:  # the rest may be long
+            break
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."

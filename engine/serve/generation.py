@@ -163,8 +163,8 @@ class ChatCompletions(Generation):
 
     def submit(self, engine: Engine, body: bytes, accept: str | None) -> Job:
         """See Generation."""
-        profile, arguments = self.service.profile, engine.template_arguments
-        call = parse_chat(body, accept, profile, self.service.name_of(engine), arguments)
+        profile, served, arguments = self.service.profile, self.service.name_of(engine), engine.template_arguments
+        call = parse_chat(body, accept, profile, served, engine.max_context, arguments)
         options, params = call.options, call.params
         prompts = [engine.prompt_ids(call.messages, options).ids] if call.return_token_ids else []
         thinking = template_options(options.reasoning_effort, options.chat_template_kwargs)["enable_thinking"]

@@ -14,6 +14,9 @@ MAX_BODY_BYTES = 16 << 20
 BODY_SECONDS = 60.0
 """How long a client has to send a body."""
 
+LEAST_BYTES, LEAST_SECONDS = 320 << 10, 5.0
+"""More than SMALL_BODY_BYTES have to come on at this rate, or a few that do not go on would keep all others out."""
+
 DISCARD_FACTOR = 4
 """A body that is refused is read and dropped up to this many times the limit, so that the client sees the answer."""
 
@@ -37,24 +40,37 @@ class Bodies:
     async def read(self, request: Request) -> AsyncIterator[bytes]:
         """The request's body, in hand as long as the block runs; keep nothing of it beyond.
 
-        Raises ApiError: 413 if it is too large, 503 if too many large ones are in hand, 408 if it takes too long.
+        Raises ApiError: 413 if it is too large, 503 if too many large ones are in hand, 408 if it takes too long or
+        if a large one stops coming on.
         """
         if int(request.headers.get("content-length", "0")) > self.limit * DISCARD_FACTOR:
             raise _too_large(self.limit)
         body = _Arriving(self)
         try:
             try:
-                async with asyncio.timeout(BODY_SECONDS):
-                    async for chunk in request.stream():
-                        body.add(chunk)
-                        if body.size > self.limit * DISCARD_FACTOR:
-                            break
+                async with asyncio.timeout(BODY_SECONDS) as timeout:
+                    await self._receive(body, request, timeout)
             except TimeoutError:
                 message = f"the body did not arrive within {BODY_SECONDS:g} seconds"
+                if body.slow:
+                    message = f"of the body came fewer than {LEAST_BYTES} bytes in {LEAST_SECONDS:g} seconds"
                 raise ApiError(408, message, code="request_timeout", headers=_CLOSE) from None
             yield body.take()
         finally:
             body.drop()
+
+    async def _receive(self, body: _Arriving, request: Request, timeout: asyncio.Timeout) -> None:
+        clock, last = asyncio.get_running_loop().time, timeout.when()
+        assert last is not None
+        mark: int | None = None  # the size when its pace was last looked at
+        async for chunk in request.stream():
+            body.add(chunk)
+            if body.size > self.limit * DISCARD_FACTOR:
+                break
+            if body.size > SMALL_BODY_BYTES and (mark is None or body.size - mark >= LEAST_BYTES):
+                mark, due = body.size, clock() + LEAST_SECONDS
+                body.slow = due < last  # if nothing changes this before the time is up
+                timeout.reschedule(min(due, last))
 
 
 class _Arriving:
@@ -62,6 +78,7 @@ class _Arriving:
 
     def __init__(self, bodies: Bodies) -> None:
         self.size = 0
+        self.slow = False
         self._bodies = bodies
         self._chunks: list[bytes] = []
         self._counted = 0  # what it adds to ``bodies.held``

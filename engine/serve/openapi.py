@@ -24,7 +24,7 @@ _ERRORS = {
     403: "A web page of another host asked a server without keys.",
     404: "There is no such model.",
     408: "The body took too long.",
-    413: "The body is too large.",
+    413: "The body is too large, or has too many values.",
     422: "A field is out of range, of the wrong type, or not implemented; ``param`` names it.",
     429: "The queue is full; see Retry-After.",
     500: "It failed; where a retry cannot help, x-should-retry is false.",
@@ -34,8 +34,8 @@ _BODY = (400, 401, 403, 404, 408, 413, 422, 500, 503)
 _READ = (401, 403, 500, 503)
 
 
-def document(profile: Profile, model: str | None, *, keys: bool) -> Json:
-    """The OpenAPI 3.1 document. ``model`` is the served name, None while it is loading."""
+def document(profile: Profile, model: str | None, *, keys: bool, max_context: int | None = None) -> Json:
+    """The OpenAPI 3.1 document. ``model`` is the served name, ``max_context`` in tokens; None while it is loading."""
     _, generated = models_json_schema(
         [
             (body, "validation")
@@ -47,6 +47,8 @@ def document(profile: Profile, model: str | None, *, keys: bool) -> Json:
     )  # fmt: skip
     schemas = generated["$defs"]
     _specialise(schemas, profile, model)
+    if max_context is not None:
+        schemas["DetokenizeRequest"]["properties"]["tokens"]["maxItems"] = max_context
     components: Json = {"schemas": schemas | SCHEMAS}
     if keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Discriminator, Field, Tag
 
 from headrace.engine import SamplingParams
+from headrace.engine.errors import ContextExceeded
 from headrace.engine.request import MAX_TOP_LOGPROBS
 from headrace.engine.serve import fields, protocol
 from headrace.engine.serve.errors import invalid
@@ -25,7 +26,7 @@ DEFAULT_MAX_TOKENS = 16
 _LIST_OF_IDS, _LIST_OF_LISTS = "#ids", "#lists"
 
 TokenId = Annotated[int, Field(ge=0)]
-Ids = Annotated[list[TokenId], Field(min_length=1)]
+Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
 def _prompt_form(value: Any) -> str:
@@ -39,9 +40,9 @@ def _prompt_form(value: Any) -> str:
 
 Prompts = Annotated[
     Annotated[str, Tag(STRING)]
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS), Tag(ARRAY)]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag(ARRAY)]
     | Annotated[Ids, Tag(_LIST_OF_IDS)]
-    | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS), Tag(_LIST_OF_LISTS)],
+    | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag(_LIST_OF_LISTS)],
     Discriminator(_prompt_form),
 ]
 
@@ -79,9 +80,13 @@ class CompletionCall:
 
 
 def parse_completion(body: bytes, accept: str | None, profile: Profile, served: str, engine: Engine) -> CompletionCall:
-    """Validate a request body. Raises ApiError: 400 not JSON, 404 unknown model, 422 naming the field."""
-    data = fields.parse_object(body)
+    """Validate a request body.
+
+    Raises ApiError: 400 not JSON, 404 unknown model, 413 too many values, 422 naming the field; and ContextExceeded.
+    """
+    data = fields.parse_object(body, engine.max_context)
     fields.refuse_unimplemented(data, UNIMPLEMENTED)
+    _check_lengths(data.get("prompt"), engine.max_context)
     request = fields.validated(CompletionRequest, data)
     fields.check_model(request.model, served)
     fields.check_temperature(request.temperature, profile.max_temperature)
@@ -104,6 +109,14 @@ def parse_completion(body: bytes, accept: str | None, profile: Profile, served: 
         include_usage=request.stream_options.include_usage,
         return_token_ids=request.return_token_ids,
     )
+
+
+def _check_lengths(prompt: Any, max_context: int) -> None:
+    """Raise ContextExceeded for ids that cannot fit, before each of them is looked at."""
+    several = prompt[:MAX_PROMPTS] if _prompt_form(prompt) == _LIST_OF_LISTS else [prompt]
+    for one in several:
+        if _prompt_form(one) == _LIST_OF_IDS and len(one) >= max_context:
+            raise ContextExceeded(len(one), max_context, "prompt")
 
 
 def _each(prompt: Any) -> list[str | list[int]]:
@@ -133,7 +146,7 @@ TOKENIZE_UNIMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
 
 def tokenize(body: bytes, profile: Profile, served: str, engine: Engine) -> dict[str, Any]:
     """The ids of a prompt or of a conversation. Raises ApiError, or what rendering raises."""
-    data = fields.parse_object(body)
+    data = fields.parse_object(body, engine.max_context)
     fields.refuse_unimplemented(data, TOKENIZE_UNIMPLEMENTED)
     request = fields.validated(TokenizeRequest, data)
     fields.check_model(request.model, served)
@@ -158,12 +171,19 @@ class DetokenizeRequest(Body):
     """The body of ``POST /detokenize``."""
 
     model: str | None = None
-    tokens: list[TokenId] = Field(description="Token ids; markers become their text.")
+    tokens: list[TokenId] = Field(
+        description="Token ids, at most as many as the context has; markers become their text.", fail_fast=True
+    )
 
 
 def detokenize(body: bytes, served: str, engine: Engine) -> dict[str, Any]:
     """The text of ids. Raises ApiError."""
-    request = fields.validated(DetokenizeRequest, fields.parse_object(body))
+    data = fields.parse_object(body, engine.max_context)
+    tokens = data.get("tokens")
+    if isinstance(tokens, list) and len(tokens) > engine.max_context:
+        message = f"tokens must have at most {engine.max_context} items (the context), got {len(tokens)}"
+        raise invalid(message, "tokens")
+    request = fields.validated(DetokenizeRequest, data)
     fields.check_model(request.model, served)
     size = engine.tokenizer.vocab_size
     for index, token in enumerate(request.tokens):

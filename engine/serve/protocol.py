@@ -30,7 +30,8 @@ class TextPart(Body):
 
 
 Content = Annotated[
-    Annotated[str, Tag(STRING)] | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS), Tag(ARRAY)],
+    Annotated[str, Tag(STRING)]
+    | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag(ARRAY)],
     Discriminator(fields.form),
 ]
 
@@ -44,7 +45,7 @@ class Message(Body):
     reasoning: str | None = None
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class TemplateArguments(Body):
@@ -111,13 +112,20 @@ UNIMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
 
 
 def parse_chat(
-    body: bytes, accept: str | None, profile: Profile, served: str, arguments: Collection[str] = ()
+    body: bytes,
+    accept: str | None,
+    profile: Profile,
+    served: str,
+    max_context: int,
+    arguments: Collection[str] = (),
 ) -> ChatCall:
-    """Validate a request body. Raises ApiError: 400 not JSON, 404 unknown model, 422 naming the field.
+    """Validate a request body. Raises ApiError: 400 not JSON, 404 unknown model, 413 too many values, 422 naming the
+    field.
 
-    ``arguments`` are the names that this model's chat template reads.
+    ``max_context``: tokens of prompt and answer together. ``arguments``: the names that this model's chat template
+    reads.
     """
-    data = fields.parse_object(body)
+    data = fields.parse_object(body, max_context)
     fields.refuse_unimplemented(data, UNIMPLEMENTED)
     _refuse_tool_calls(data)
     request = fields.validated(ChatRequest, data)

@@ -29,7 +29,7 @@ FAULT_SECONDS = 5
 
 BACKLOG = 2048
 EXIT_SECONDS = 60
-"""How long a step may go on after the server has stopped, before the process ends without it."""
+"""How long a step may have taken once the server has stopped, before the process ends without it."""
 
 
 class DrainingServer(uvicorn.Server):
@@ -75,16 +75,17 @@ class DrainingServer(uvicorn.Server):
         return any(connection.transport.get_write_buffer_size() for connection in connections)
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until told to stop. Ends the process, with status 1, if a step hangs by then: nothing else could."""
+        """Serve until told to stop. Ends the process, with status 1, if a step hangs by then: nothing else could.
+
+        A step hangs if it has taken EXIT_SECONDS; after a second signal any step that is under way is one too many.
+        """
         super().run(sockets)
         patience = 0 if self.force_exit else EXIT_SECONDS
-        deadline = time.monotonic() + patience
-        while self.service.step_seconds and time.monotonic() < deadline:
+        while 0 < (seconds := self.service.step_seconds) < patience:
             time.sleep(0.01)
-        if (seconds := self.service.step_seconds) and seconds >= patience:
-            print(
-                f"headrace: a step has not ended within {seconds:.1f} seconds, giving up", file=sys.stderr, flush=True
-            )
+        if seconds:
+            why = "told twice to end" if self.force_exit else "giving up"
+            print(f"headrace: a step has not ended within {seconds:.1f} seconds; {why}", file=sys.stderr, flush=True)
             os._exit(1)
 
     async def on_tick(self, counter: int) -> bool:

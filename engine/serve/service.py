@@ -39,7 +39,11 @@ PACE_WINDOW = 32
 
 
 class Service:
-    """State of one server. All of it is read and written on the event loop's thread, but for ``drain``'s one flag."""
+    """State of one server, written on the event loop's thread.
+
+    Exceptions: ``drain`` sets one flag in a signal handler, ``attach`` runs on the thread that loads the engine. Worker
+    threads read ``ended``, the profile, the engine's name and ``retry_after``.
+    """
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from headrace.engine.serve.bodies import Chunks
 from headrace.engine.serve.errors import ApiError, internal
 from headrace.engine.serve.history import Record
 
-HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+HEADERS = {"cache-control": "no-store, no-transform", "x-accel-buffering": "no"}
 DONE = b"data: [DONE]\n\n"
 
 # Line ends to some clients' line readers, though not to the SSE standard. Legal in JSON, raw or escaped.

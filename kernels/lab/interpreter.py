@@ -28,12 +28,14 @@ from triton.language.extra.cuda import libdevice as cuda_libdevice
 from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceOps, ScanOps, TensorHandle
 
+from headrace.kernels.lab.assembly import TWINS
+
 CHECKED_VERSIONS = ("3.6.0", "3.9.0")
 
 Array = np.ndarray[Any, Any]
 Elementwise = Callable[..., Any]
 
-ASSEMBLY: dict[str, Elementwise] = {}
+ASSEMBLY: dict[str, Elementwise] = dict(TWINS)
 """Inline assembly text -> its numpy twin: arrays in, an array out (a tuple of arrays for several results)."""
 
 LIBDEVICE: dict[str, Elementwise] = {

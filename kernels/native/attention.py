@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from headrace.kernels.attention import Pages
-from headrace.kernels.native.library import Op, Pool, empty, rows_of
+from headrace.kernels.native.library import Op, Pool
 from headrace.kernels.native.linear import FORMATS
 
 COMMON = "qqqqqqqqqqqqqqqqqdddqqq"
@@ -27,12 +27,12 @@ def decode_attention(
     pool: Pool,
 ) -> Tensor:
     """As the reference's."""
-    y = empty(*q.shape)
+    y = pool.empty(*q.shape)
     if q.shape[0]:
-        slots, positions = slots.contiguous(), positions.contiguous()
+        slots, positions = pool.contiguous(slots), pool.contiguous(positions)
         DECODE_ATTENTION(
             pool,
-            *_common(q, k, v, pages, page_table, scale, y),
+            *_common(q, k, v, pages, page_table, scale, y, pool),
             slots.data_ptr(),
             positions.data_ptr(),
             slots.shape[0],
@@ -54,22 +54,22 @@ def prefill_attention(
     pool: Pool,
 ) -> Tensor:
     """As the reference's."""
-    y = empty(*q.shape)
+    y = pool.empty(*q.shape)
     if q.shape[0]:
-        PREFILL_ATTENTION(pool, *_common(q, k, v, pages, page_table, scale, y), slot, start)
+        PREFILL_ATTENTION(pool, *_common(q, k, v, pages, page_table, scale, y, pool), slot, start)
     return y
 
 
 def _common(
-    q: Tensor, k: Tensor, v: Tensor, pages: Pages, page_table: Tensor, scale: float, y: Tensor
+    q: Tensor, k: Tensor, v: Tensor, pages: Pages, page_table: Tensor, scale: float, y: Tensor, pool: Pool
 ) -> tuple[float, ...]:
     """AttentionArgs of ops.h."""
     rows, heads, width = q.shape
     _, page_size, kv_heads, _ = pages.keys.shape
     return (
-        rows_of(q),
-        rows_of(k),
-        rows_of(v),
+        pool.rows(q),
+        pool.rows(k),
+        pool.rows(v),
         *q.stride()[:2],
         *k.stride()[:2],
         *v.stride()[:2],

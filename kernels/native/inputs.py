@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace.kernels.native.library import Op, Pool, empty
+from headrace.kernels.native.library import Op, Pool
 
 STEP_INPUTS = Op("step_inputs", "q" * 19)
 
@@ -22,8 +22,8 @@ def step_inputs(
 ) -> tuple[Tensor, Tensor]:
     """As the reference's; so little that the caller's thread does it."""
     decodes, prompts = slots.shape[0], prompt_ids.shape[0]
-    token_ids = empty(decodes + prompts, dtype=torch.int64)
-    positions = empty(decodes, dtype=torch.int64)
+    token_ids = pool.empty(decodes + prompts, dtype=torch.int64)
+    positions = pool.empty(decodes, dtype=torch.int64)
     STEP_INPUTS(
         pool,
         last_token.data_ptr(),

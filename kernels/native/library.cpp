@@ -1,5 +1,6 @@
 // The C interface that library.py calls: pools of threads, and one function per op.
 
+#include <cstring>
 #include <exception>
 #include <new>
 
@@ -85,3 +86,20 @@ HEADRACE_OP(mamba_update, MambaUpdateArgs)
 HEADRACE_OP(mamba_prefill, MambaPrefillArgs)
 HEADRACE_OP(decode_attention, DecodeAttentionArgs)
 HEADRACE_OP(prefill_attention, PrefillAttentionArgs)
+
+HEADRACE_EXPORT int headrace_run_all(void* pool, const void* args) {
+    const auto& a = *static_cast<const headrace::RunAllArgs*>(args);
+    int64_t index = 0;
+    for (const std::byte *at = a.list, *end = at + a.bytes; at < end; ++index) {
+        int64_t head[2];
+        std::memcpy(head, at, sizeof head);
+        const auto op = reinterpret_cast<int (*)(void*, const void*)>(head[0]);
+        if (const int status = op(pool, at + sizeof head)) {
+            *a.failed = index;
+            return status;
+        }
+        at += int64_t(sizeof head) + head[1];
+    }
+    return DONE;
+}
+HEADRACE_EXPORT int headrace_run_all_fields() { return int(sizeof(headrace::RunAllArgs) / 8); }

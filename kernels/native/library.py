@@ -10,9 +10,11 @@ import mmap
 import os
 import struct
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -106,6 +108,8 @@ class Pool:
         if not self.handle:
             raise ValueError(f"threads: the system does not start {threads}")
         self.ops: dict[str, Callable[[int, bytes], int]] = {}
+        self.addresses: dict[str, int] = {}
+        self.queue: Queue | None = None
         self._finalizer = weakref.finalize(self, self.library.headrace_close, ctypes.c_void_p(self.handle))
         self._finalizer.atexit = False  # a thread of someone's may be inside an op when the interpreter ends
 
@@ -113,6 +117,48 @@ class Pool:
         """End the threads, after the op that runs; later ops raise RuntimeError. May be called twice."""
         self.ops, self.handle = {}, None
         self._finalizer()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Ops inside run in one call, at its end: nothing but further ops may read what they write. One thread's.
+
+        The interpreter's lock is given back once and not with every op, so that other threads of a server do not hold
+        up each of them. After an exception those that are left do not run.
+        """
+        if self.queue is not None:
+            raise RuntimeError("ops are already being queued")
+        queue = self.queue = Queue()
+        try:
+            yield
+        finally:
+            self.queue = None
+        queue.run(self)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory for a result."""
+        return self.keep(empty(*shape, dtype=dtype))
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """The tensor, an op's input or result, whose memory stays until queued ops have run."""
+        if self.queue is not None:
+            self.queue.keep(tensor)
+        return tensor
+
+    def contiguous(self, tensor: Tensor) -> Tensor:
+        """The tensor without gaps, kept. Raises RuntimeError for a copy of what a queued op has yet to write."""
+        if tensor.is_contiguous():
+            return self.keep(tensor)
+        if self.queue is not None:
+            raise RuntimeError("a copy is needed where ops are queued: its source may not be written yet")
+        return tensor.contiguous()
+
+    def rows(self, x: Tensor) -> int:
+        """The address of activations, which are kept. Raises ValueError for what a kernel would misread."""
+        if x.dtype is not torch.float32 or not x.is_cpu or x.stride(-1) != 1:
+            raise ValueError(
+                f"expected float32 on the CPU with contiguous channels, got {x.dtype}, {x.device}, {x.stride()}"
+            )
+        return self.keep(x).data_ptr()
 
     def function(self, op: Op) -> Callable[[int, bytes], int]:
         """The library's function for an op, once its layout of arguments is seen to be ours."""
@@ -127,7 +173,48 @@ class Pool:
             function = self.library[f"headrace_{op.name}"]
             function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
             self.ops[op.name] = function
+            self.addresses[op.name] = ctypes.cast(function, ctypes.c_void_p).value or 0
         return function
+
+
+QUEUED_BYTES = 2 << 20
+"""Of results that ops may wait with: what is kept cannot be used again while it is in the cache."""
+
+
+class Queue:
+    """Ops taken down with their arguments, to be run one after the other."""
+
+    def __init__(self) -> None:
+        self._ops: list[Op] = []
+        self._list: list[bytes] = []
+        self._kept: list[Tensor] = []  # whose memory they use
+        self._bytes = 0
+
+    def keep(self, tensor: Tensor) -> None:
+        self._kept.append(tensor)
+        self._bytes += tensor.nbytes
+
+    def add(self, pool: Pool, op: Op, arguments: bytes) -> None:
+        self._ops.append(op)
+        self._list += (QUEUED.pack(pool.addresses[op.name], len(arguments)), arguments)
+        if self._bytes > QUEUED_BYTES:
+            self.run(pool)
+
+    def run(self, pool: Pool) -> None:
+        """Run them, and begin anew. Raises what the op that failed raises; those behind it do not run."""
+        listed, failed = b"".join(self._list), ctypes.c_int64(-1)
+        arguments = RUN_ALL.pack(_address(listed), len(listed), ctypes.addressof(failed))
+        if status := pool.function(RUN_ALL)(pool.handle, arguments):
+            self._ops[failed.value].fail(status)
+        self._ops, self._list, self._kept, self._bytes = [], [], [], 0
+
+
+QUEUED = struct.Struct("=qq")
+
+
+def _address(data: bytes) -> int:
+    """Of an object's bytes, as long as it lives."""
+    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
 
 
 class Op:
@@ -135,27 +222,26 @@ class Op:
 
     def __init__(self, name: str, layout: str) -> None:
         self.name, self.layout = name, struct.Struct("=" + layout)
-        self._pack = self.layout.pack
+        self.pack = self.layout.pack
 
     def __call__(self, pool: Pool, *fields: float) -> None:
         """Run it. Addresses must stay valid during the call. Raises MemoryError for scratch that cannot be had."""
-        if status := pool.function(self)(pool.handle, self._pack(*fields)):
-            raise (
-                MemoryError(f"no memory for the scratch of {self.name}")
-                if status == 1
-                else ValueError(f"{self.name}: sizes that no tensor has")
-            )
+        function = pool.function(self)
+        if pool.queue is not None:
+            pool.queue.add(pool, self, self.pack(*fields))
+        elif status := function(pool.handle, self.pack(*fields)):
+            self.fail(status)
+
+    def fail(self, status: int) -> NoReturn:
+        """Raise what the library's status means."""
+        if status == 1:
+            raise MemoryError(f"no memory for the scratch of {self.name}")
+        raise ValueError(f"{self.name}: sizes that no tensor has")
+
+
+RUN_ALL = Op("run_all", "qqq")
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Memory for a result, whatever torch's defaults are."""
     return torch.empty(shape, dtype=dtype, device="cpu")
-
-
-def rows_of(x: Tensor) -> int:
-    """The address of activations. Raises ValueError for what a kernel would misread."""
-    if x.dtype is not torch.float32 or not x.is_cpu or x.stride(-1) != 1:
-        raise ValueError(
-            f"expected float32 on the CPU with contiguous channels, got {x.dtype}, {x.device}, {x.stride()}"
-        )
-    return x.data_ptr()

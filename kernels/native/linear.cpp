@@ -82,9 +82,13 @@ void transpose_nvfp4(const PackArgs& a, int64_t panel) {
     const auto* codes = reinterpret_cast<const uint8_t*>(a.source);
     const auto* scales = reinterpret_cast<const uint8_t*>(a.block_scales);
     auto* out = reinterpret_cast<uint8_t*>(a.panels) + panel * panel_bytes(NVFP4, a.width);
+    bool nan = false;
     for (int64_t block = 0; block < a.columns / BLOCK; ++block, out += PanelNvfp4::BYTES) {
-        for (int64_t row = from; row < to; ++row)
-            out[row % PANEL] = scales[(row - a.first_row) * (a.columns / BLOCK) + block];
+        for (int64_t row = from; row < to; ++row) {
+            const uint8_t scale = scales[(row - a.first_row) * (a.columns / BLOCK) + block];
+            nan |= (scale & 0x7f) == 0x7f;
+            out[row % PANEL] = scale;
+        }
         for (int64_t pair = 0; pair < BLOCK / 2; ++pair)
             for (int64_t half = 0; half < PANEL; half += LANES) {
                 uint8_t* at = out + PANEL + pair * PANEL + half;
@@ -99,6 +103,7 @@ void transpose_nvfp4(const PackArgs& a, int64_t panel) {
                 std::memcpy(at, laid, LANES);
             }
     }
+    if (nan) std::atomic_ref(*a.nans).store(1, std::memory_order_relaxed);
 }
 
 }  // namespace

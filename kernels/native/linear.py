@@ -9,9 +9,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from headrace.kernels.formats import BLOCK, Fp8, Weight, common_format, format_of, tensors_of
+from headrace.kernels.formats import BLOCK, Fp8, NotANumber, Weight, common_format, format_of, tensors_of
 from headrace.kernels.linear import check_prologue
-from headrace.kernels.native.library import Op, Pool, empty, prefer_huge_pages, rows_of
+from headrace.kernels.native.library import Op, Pool, empty, prefer_huge_pages
 from headrace.kernels.norm import Norm
 
 PANEL = 32
@@ -52,8 +52,8 @@ class Panels:
         return FORMATS[self.dtype]
 
     def pack(self, weight: Weight, pool: Pool, at: tuple[int, ...] = (), row: int = 0, column: int = 0) -> None:
-        """weight [rows, columns], in the panels' dtype, into its place among outputs and K. Raises ValueError for an
-        FP8 weight that is not a number."""
+        """weight [rows, columns], in the panels' dtype, into its place among outputs and K. Raises NotANumber for a
+        quantised one that holds NaN."""
         source, *scales = (part.contiguous() for part in tensors_of(weight))
         nans = empty(1, dtype=torch.int64).zero_()
         PACK(
@@ -70,7 +70,8 @@ class Panels:
             nans.data_ptr(),
         )
         if nans.item():
-            raise ValueError("an fp8 weight holds NaN")
+            assert not isinstance(weight, Tensor)
+            raise NotANumber(weight)
 
 
 def scale_of(weight: Weight) -> Tensor | None:
@@ -124,13 +125,13 @@ def linear(
     width = columns + (0 if second is None else second.shape[1])
     if width != packed.in_features:
         raise ValueError(f"a weight of {packed.in_features} inputs for rows of {width}")
-    y = empty(rows, packed.out_features)
+    y = pool.empty(rows, packed.out_features)
     if not rows:
         return y
     LINEAR(
         pool,
-        rows_of(first),
-        0 if second is None else rows_of(second),
+        pool.rows(first),
+        0 if second is None else pool.rows(second),
         first.stride(0),
         0 if second is None else second.stride(0),
         columns,
@@ -146,7 +147,7 @@ def linear(
         0.0 if norm is None else norm.eps,
         1 if norm is None else norm.groups,
         (0 if second is None else columns) if relu2 else packed.in_features,
-        0 if residual is None else rows_of(residual),
+        0 if residual is None else pool.rows(residual),
         0 if residual is None else residual.stride(0),
         y.data_ptr(),
     )
@@ -155,9 +156,9 @@ def linear(
 
 def embed(weight: Tensor, token_ids: Tensor, *, pool: Pool) -> Tensor:
     """As the reference's."""
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    weight = weight if weight.stride(1) == 1 else pool.contiguous(weight)
     rows, columns = token_ids.shape[0], weight.shape[1]
-    y = empty(rows, columns)
+    y = pool.empty(rows, columns)
     EMBED(
         pool,
         weight.data_ptr(),

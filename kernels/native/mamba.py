@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from headrace.kernels.mamba import MambaWeights, check_ring
-from headrace.kernels.native.library import Op, Pool, empty, rows_of
+from headrace.kernels.native.library import Op, Pool
 from headrace.kernels.native.linear import FORMATS
 
 UPDATE = Op("mamba_update", "q" * 26)
@@ -28,11 +28,11 @@ def mamba_update(
 ) -> Tensor:
     """As the reference's; a sequence's state is read and written once for all its rows."""
     check_ring(conv, weights, rows)
-    y = empty(projected.shape[0], weights.inner)
+    y = pool.empty(projected.shape[0], weights.inner)
     if not projected.shape[0]:
         return y
-    slots, positions = slots.contiguous(), positions.contiguous()
-    shared = _shared(projected, conv, ssm, weights, y)
+    slots, positions = pool.contiguous(slots), pool.contiguous(positions)
+    shared = _shared(projected, conv, ssm, weights, y, pool)
     UPDATE(pool, *shared, slots.data_ptr(), positions.data_ptr(), slots.shape[0], rows)
     return y
 
@@ -50,24 +50,26 @@ def mamba_prefill(
 ) -> Tensor:
     """As the reference's; the state crosses blocks of at most 32 tokens in fp32."""
     check_ring(conv, weights, 0)
-    y = empty(projected.shape[0], weights.inner)
+    y = pool.empty(projected.shape[0], weights.inner)
     if not projected.shape[0]:
         return y
-    PREFILL(pool, *_shared(projected, conv, ssm, weights, y), slot, start, projected.shape[0], chunk)
+    PREFILL(pool, *_shared(projected, conv, ssm, weights, y, pool), slot, start, projected.shape[0], chunk)
     return y
 
 
-def _shared(projected: Tensor, conv: Tensor, ssm: Tensor, weights: MambaWeights, y: Tensor) -> tuple[int, ...]:
+def _shared(
+    projected: Tensor, conv: Tensor, ssm: Tensor, weights: MambaWeights, y: Tensor, pool: Pool
+) -> tuple[int, ...]:
     """The fields of MambaArgs."""
     return (
-        rows_of(projected),
+        pool.rows(projected),
         projected.stride(0),
         conv.data_ptr(),
         FORMATS[conv.dtype],
         conv.stride(0),
         conv.stride(1),
         conv.shape[1],
-        rows_of(ssm),
+        pool.rows(ssm),
         ssm.stride(0),
         ssm.stride(1),
         ssm.stride(2),

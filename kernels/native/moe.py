@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headrace.kernels.formats import common_format
 from headrace.kernels.moe import Matrices, Routes, Routing
-from headrace.kernels.native.library import Op, Pool, empty, rows_of
+from headrace.kernels.native.library import Op, Pool
 from headrace.kernels.native.linear import Panels, scale_of
 
 ROUTE = Op("route", "qqqqqqqqqdqq")
@@ -51,17 +51,17 @@ def _pack(matrices: Matrices, dtype: torch.dtype, pool: Pool) -> tuple[Panels, T
 
 def route(logits: Tensor, bias: Tensor, routing: Routing, *, pool: Pool) -> Routes:
     """As the reference's."""
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    logits = logits if logits.stride(1) == 1 else pool.contiguous(logits)
     rows, experts = logits.shape
     top_k = min(routing.top_k, experts)
-    picked, weights = empty(rows, top_k, dtype=torch.int64), empty(rows, top_k)
+    picked, weights = pool.empty(rows, top_k, dtype=torch.int64), pool.empty(rows, top_k)
     ROUTE(
         pool,
-        rows_of(logits),
+        pool.rows(logits),
         logits.stride(0),
         rows,
         experts,
-        rows_of(bias),
+        pool.rows(bias),
         top_k,
         routing.groups,
         min(routing.topk_groups, routing.groups),
@@ -76,13 +76,13 @@ def route(logits: Tensor, bias: Tensor, routing: Routing, *, pool: Pool) -> Rout
 def experts(x: Tensor, packed: PackedExperts, routes: Routes, *, residual: Tensor | None = None, pool: Pool) -> Tensor:
     """As the reference's; an expert's weights are read once for all the rows that picked it."""
     rows, columns = x.shape
-    y = empty(rows, columns)
+    y = pool.empty(rows, columns)
     if not rows:
         return y
-    picked, weights = routes.experts.contiguous(), routes.weights.contiguous()
+    picked, weights = pool.contiguous(routes.experts), pool.contiguous(routes.weights)
     EXPERTS(
         pool,
-        rows_of(x),
+        pool.rows(x),
         x.stride(0),
         rows,
         picked.shape[1],
@@ -98,7 +98,7 @@ def experts(x: Tensor, packed: PackedExperts, routes: Routes, *, residual: Tenso
         packed.down.width,
         0 if packed.up_scale is None else packed.up_scale.data_ptr(),
         0 if packed.down_scale is None else packed.down_scale.data_ptr(),
-        0 if residual is None else rows_of(residual),
+        0 if residual is None else pool.rows(residual),
         0 if residual is None else residual.stride(0),
         y.data_ptr(),
     )

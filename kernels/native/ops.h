@@ -18,7 +18,14 @@ struct PackArgs {
     std::byte* panels;         // [outputs / 32 rounded up], of ``width`` k; zeros where no source stands; panels.h
     int64_t width;             // K of the panels, a multiple of the format's block
     int64_t first_row, first_column;  // where the source stands among outputs and K
-    int64_t* nans;                    // set to 1 if an FP8 weight is not a number, which PanelFp8 could not read
+    int64_t* nans;                    // set to 1 for NaN in an FP8 weight, which PanelFp8 could not read, or in block scales
+};
+
+// Ops that were taken down to be run one after the other: function, bytes of the arguments, arguments, and so on.
+struct RunAllArgs {
+    const std::byte* list;
+    int64_t bytes;
+    int64_t* failed;  // which one did, if the status says so
 };
 
 struct LinearArgs {

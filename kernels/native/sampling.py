@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.control import ControlIds
-from headrace.kernels.native.library import Op, Pool, empty, rows_of
+from headrace.kernels.native.library import Op, Pool
 from headrace.kernels.sampling import Sampled, SamplerState
 
 SAMPLE = Op("sample", "q" * 27)
@@ -35,21 +35,21 @@ def sample(
     """As the reference's. Scratch is 4 bytes per logit of the rows in work, which are at most four per thread."""
     rows, vocab = logits.shape
     k = min(top_logprobs, vocab)
-    integers = empty(3, rows, dtype=torch.int64)
-    logp = empty(rows) if logprobs or k else None
-    top_ids = empty(rows, k, dtype=torch.int64) if k else None
-    top_logp = empty(rows, k) if k else None
+    integers = pool.empty(3, rows, dtype=torch.int64)
+    logp = pool.empty(rows) if logprobs or k else None
+    top_ids = pool.empty(rows, k, dtype=torch.int64) if k else None
+    top_logp = pool.empty(rows, k) if k else None
     tokens, phases, finish = integers.unbind()
     out = Sampled(integers, tokens, phases, finish, logp, top_ids, top_logp)
     if not rows:
         return out
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    logits = logits if logits.stride(1) == 1 else pool.contiguous(logits)
     if mask is not None and mask.stride(1) != 1:
-        mask = mask.contiguous()
-    slots, ids = slots.contiguous(), control_ids(control)
+        mask = pool.contiguous(mask)
+    slots, ids = pool.contiguous(slots), control_ids(control)
     SAMPLE(
         pool,
-        rows_of(logits),
+        pool.rows(logits),
         logits.stride(0),
         rows,
         vocab,

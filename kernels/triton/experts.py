@@ -1,7 +1,7 @@
 """Routed experts: every touched expert's weights are read once, in one sequential stream per program.
 
-A program takes one 16-row tile of one expert and a slice of the inner dimension: per 16 inner units it multiplies by
-their rows of ``up``, squares, and multiplies by their columns of ``down``, so no program needs what another computed.
+A program takes one 16-row tile of one expert and a slice of the inner dimension: per unit of it, it multiplies by the
+unit's rows of ``up``, squares, and multiplies by its columns of ``down``, so no program needs what another computed.
 The slices' partial sums are added in order by ``_combine``: no atomics, and a row's bits depend on nothing beside it.
 Experts too wide for that (the result's 16 rows must fit into registers) take two launches, ``up`` and ``down``.
 
@@ -19,45 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.kernels.moe import Matrices, Routes
+from headrace.kernels.formats import Format
+from headrace.kernels.moe import Routes
 from headrace.kernels.triton.common import cdiv, next_power_of_2
+from headrace.kernels.triton.expert_weights import PackedExperts, as_read, half_blocks, half_unit, times_down, times_up
+from headrace.kernels.triton.quantised import LEAST_COLUMNS
 from headrace.kernels.triton.routing import TILE, Plan
 from headrace.kernels.triton.target import architecture
 
-UNIT = 16  # inner units that are stored together: K of mma.sync
-CHUNK = 64  # inner units that a wide expert's program computes or adds up at a time
-PLAIN = "plain"  # weights stored as what they are multiplied as; formats with scales will stand beside it
+CHUNK = 64  # inner units that a wide expert's program computes or adds up at a time: a multiple of every unit
 
 _TILE = tl.constexpr(TILE)
-_UNIT = tl.constexpr(UNIT)
 _CHUNK = tl.constexpr(CHUNK)
-_PLAIN = tl.constexpr(PLAIN)
-
-
-@dataclass(frozen=True, slots=True)
-class PackedExperts:
-    """Experts in the order in which they are read.
-
-    tiles [E, ceil(I / 16), 2, 16, K] bf16 or fp32: of 16 inner units first the rows of ``up``, then the columns of
-    ``down``. Units past I are zero.
-    """
-
-    tiles: Tensor
-
-
-def pack_experts(up: Matrices, down: Matrices) -> PackedExperts:
-    """See ``headrace.kernels.moe.pack_experts``. fp16 becomes fp32. Beside the result only one expert is copied."""
-    first = up[0]
-    inner, width = first.shape
-    dtype = torch.bfloat16 if up.dtype == down.dtype == torch.bfloat16 else torch.float32
-    units = -(-inner // UNIT)
-    tiles = torch.empty(len(up), units, 2, UNIT, width, dtype=dtype, device=first.device)
-    padded = torch.zeros(2, units * UNIT, width, dtype=dtype, device=first.device)
-    for expert in range(len(up)):
-        padded[0, :inner] = up[expert] if expert else first
-        padded[1, :inner] = down[expert].t()
-        tiles[expert] = padded.view(2, units, UNIT, width).transpose(0, 1)
-    return PackedExperts(tiles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +48,33 @@ class ExpertsParameters:
 
 @cache
 def parameters(
-    pairs: int, top_k: int, experts: int, units: int, width: int, itemsize: int, arch: int
+    pairs: int, top_k: int, experts: int, units: int, width: int, itemsize: int, arch: int, form: Format = "float"
 ) -> ExpertsParameters:
-    """Launch parameters. Only ``programs`` follows the batch, and both of its values add in the same order."""
+    """Launch parameters; itemsize: bytes of what is multiplied.
+
+    Only ``programs`` follows the batch, and both of its values add in the same order.
+    """
     # One token's tiles should fill the device once, in one wave. More than 8 slices cost more in partial sums than
     # they bring. An even number falls into two groups.
     splits = max(1, min(_multiprocessors(arch) // top_k, units, 8) // 2 * 2)
     groups = 2 if splits > 2 else 1
     # A slice's partial sums are 8 bytes per pair and column, written and read; with more than 2 pairs per expert that
-    # begins to show beside the weights (1 % at inner size 2688), and there are tiles enough to fill the device.
-    programs = groups if pairs > 2 * experts else splits
+    # begins to show beside the weights (1 % at inner size 2688 in bf16), and there are tiles enough to fill the device.
+    few = {"float": 2, "fp8": 1, "nvfp4": 0.5}[form]
+    programs = groups if pairs > few * experts else splits
     # 16 rows of 2048 bytes are 32 KB: with the 64 KB of one step's weights that is what the smallest SM holds, and
     # 16 x 1024 sums are 64 registers a thread.
     fused = next_power_of_2(width) * itemsize <= 2048
-    if arch in (90, 100, 103):
+    if form != "float" and arch not in (80, 90, 100, 103):
+        fused = False  # what a unit takes on its way through shared memory does not fit into 99 KB
+    if arch in (90, 100, 103) or (arch == 80 and form == "nvfp4"):
         # 8 parts: the shortest chain from weights to sums. 3 stages: two steps' weights, 128 KB, in flight.
-        return ExpertsParameters(fused, splits, groups, programs, parts=8, num_warps=8, num_stages=3)
-    # Two parts need 2 KB less for adding up, and so fit 3 stages into sm_80's shared memory, 2 into all others'.
-    return ExpertsParameters(fused, splits, groups, programs, parts=2, num_warps=8, num_stages=3 if arch == 80 else 2)
+        stages = 2 if arch == 80 else 3
+        return ExpertsParameters(fused, splits, groups, programs, parts=8, num_warps=8, num_stages=stages)
+    # Two parts need 2 KB less for adding up, and so fit 3 stages into sm_80's shared memory, 2 into all others'. Those
+    # of quantised weights need more, for operands on their way through it.
+    stages = 3 if arch == 80 and form == "float" else 2
+    return ExpertsParameters(fused, splits, groups, programs, parts=2, num_warps=8, num_stages=stages)
 
 
 def _multiprocessors(arch: int) -> int:
@@ -106,20 +88,22 @@ def experts(x: Tensor, packed: PackedExperts, routes: Routes, *, residual: Tenso
     out = torch.empty(rows, width, dtype=torch.float32, device=x.device)
     if rows == 0:
         return out
-    tiles, plan, top_k = packed.tiles, routes.plan, routes.experts.shape[1]
+    plan, top_k = routes.plan, routes.experts.shape[1]
     if not isinstance(plan, Plan):
         raise TypeError(f"routes without this backend's plan: {plan!r}")
-    count, units = tiles.shape[:2]
-    pairs = rows * top_k
-    chosen = parameters(pairs, top_k, count, units, width, tiles.element_size(), architecture(x.device))
+    count, units = packed.tiles.shape[:2]
+    pairs, arch = rows * top_k, architecture(x.device)
+    chosen = parameters(pairs, top_k, count, units, width, packed.dtype.itemsize, arch, packed.format)
     sums = torch.empty(pairs, chosen.programs, width, dtype=torch.float32, device=x.device)
     launch = _launch_fused if chosen.fused else _launch_wide
-    launch(x, tiles, plan, top_k, sums, chosen)
+    launch(x, packed, plan, top_k, sums, chosen)
     block = 128  # one column a thread: all of a pair's loads fit into registers, so their latencies overlap
     _combine[(rows, cdiv(width, block))](
         sums,
         routes.weights,
         routes.weights.stride(0),
+        routes.experts,
+        packed.down_scale,
         residual,
         0 if residual is None else residual.stride(0),
         out,
@@ -135,64 +119,76 @@ def experts(x: Tensor, packed: PackedExperts, routes: Routes, *, residual: Tenso
     return out
 
 
-def _launch_fused(x: Tensor, tiles: Tensor, plan: Plan, top_k: int, sums: Tensor, chosen: ExpertsParameters) -> None:
-    width = x.shape[1]
+def _launch_fused(
+    x: Tensor, packed: PackedExperts, plan: Plan, top_k: int, sums: Tensor, chosen: ExpertsParameters
+) -> None:
+    width, unit = x.shape[1], LEAST_COLUMNS[packed.format]
     _fused[(plan.slots * chosen.programs,)](
         x,
         x.stride(0),
-        tiles,
+        packed.tiles,
+        packed.block_scales,
+        packed.up_scale,
         plan.order,
         plan.tiles,
         sums,
         plan.slots,
         K=width,
-        UNITS=tiles.shape[1],
+        UNITS=packed.tiles.shape[1],
+        UNIT=unit,
         TOP_K=top_k,
         SPLITS=chosen.splits,
         PROGRAMS=chosen.programs,
-        WIDTH=max(next_power_of_2(width), 16 * chosen.parts),
+        WIDTH=max(next_power_of_2(width), unit * chosen.parts),
         PARTS=chosen.parts,
-        FORMAT=PLAIN,
+        FORMAT=packed.format,
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
         enable_fp_fusion=False,
     )
 
 
-def _launch_wide(x: Tensor, tiles: Tensor, plan: Plan, top_k: int, sums: Tensor, chosen: ExpertsParameters) -> None:
-    width, units = x.shape[1], tiles.shape[1]
-    chunks, blocks = cdiv(units * UNIT, CHUNK), cdiv(width, 128)
-    hidden = torch.empty(sums.shape[0], units * UNIT, dtype=tiles.dtype, device=x.device)
+def _launch_wide(
+    x: Tensor, packed: PackedExperts, plan: Plan, top_k: int, sums: Tensor, chosen: ExpertsParameters
+) -> None:
+    width, units, unit = x.shape[1], packed.tiles.shape[1], LEAST_COLUMNS[packed.format]
+    chunks, blocks = cdiv(units * unit, CHUNK), cdiv(width, 128)
+    hidden = torch.empty(sums.shape[0], units * unit, dtype=packed.dtype, device=x.device)
     _up[(plan.slots * chunks,)](
         x,
         x.stride(0),
-        tiles,
+        packed.tiles,
+        packed.block_scales,
+        packed.up_scale,
         plan.order,
         plan.tiles,
         hidden,
         plan.slots,
         K=width,
         UNITS=units,
+        UNIT=unit,
         TOP_K=top_k,
         BLOCK_K=128,
-        FORMAT=PLAIN,
+        FORMAT=packed.format,
         num_warps=4,
         num_stages=3,
         enable_fp_fusion=False,
     )
     _down[(plan.slots * chosen.programs * blocks,)](
         hidden,
-        tiles,
+        packed.tiles,
+        packed.block_scales,
         plan.order,
         plan.tiles,
         sums,
         plan.slots,
         K=width,
         UNITS=units,
+        UNIT=unit,
         SPLITS=chosen.splits,
         PROGRAMS=chosen.programs,
         BLOCK_N=128,
-        FORMAT=PLAIN,
+        FORMAT=packed.format,
         num_warps=4,
         num_stages=3,
         enable_fp_fusion=False,
@@ -200,16 +196,31 @@ def _launch_wide(x: Tensor, tiles: Tensor, plan: Plan, top_k: int, sums: Tensor,
 
 
 @triton.jit
-def _load_weights(tiles, offsets, inside, FORMAT: tl.constexpr):
-    """Weights as what they are multiplied as, zero outside; ``inside`` is None where nothing can be outside.
+def _load_weights(tiles, offsets, inside):
+    """Weights of floats, zero outside; ``inside`` is None where nothing can be outside.
 
     They are read once: L2 shall rather keep the partial sums.
     """
-    tl.static_assert(FORMAT == _PLAIN)
     if inside is None:
         return tl.load(tiles + offsets, eviction_policy="evict_first")
     else:
         return tl.load(tiles + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@triton.constexpr_function
+def _multiplied(stored, form):
+    """The dtype of operands."""
+    return stored if form == "float" else tl.bfloat16
+
+
+@triton.jit
+def _at_unit(packed, blocks, unit, K: tl.constexpr, UNIT: tl.constexpr, FORMAT: tl.constexpr):
+    """Where a unit's weights begin, and its block scales if it is of NVFP4."""
+    weights = packed + unit * (2 * half_unit(K, UNIT, FORMAT))
+    if FORMAT == "nvfp4":
+        return weights, blocks + unit * (2 * half_blocks(K))
+    else:
+        return weights, weights  # a function returns no None on Triton 3.6
 
 
 @triton.jit
@@ -230,17 +241,47 @@ def _relu2(x):
     return x * x
 
 
+@triton.jit
+def _add_unit(
+    acc,
+    even,
+    odd,
+    tiles,
+    blocks,
+    scale,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """acc [16, WIDTH] plus what a quantised unit adds to it; scale: pointer to that of ``up``."""
+    COLUMNS: tl.constexpr = WIDTH // PARTS
+    factor = tl.load(scale)
+    inner = tl.sum(times_up(even, odd, tiles, blocks, 0, UNIT, K, COLUMNS, 0, 32, FORMAT), 0)
+    inner = _relu2(inner * factor).to(tl.bfloat16)
+    others = inner
+    if FORMAT == "nvfp4":
+        others = tl.sum(times_up(even, odd, tiles, blocks, 0, UNIT, K, COLUMNS, 32, 32, FORMAT), 0)
+        others = _relu2(others * factor).to(tl.bfloat16)
+    down = tiles + half_unit(K, UNIT, FORMAT)
+    return times_down(inner, others, down, blocks, 0, UNIT, K, WIDTH, UNIT, FORMAT, acc)
+
+
 @triton.jit(do_not_specialize=["slots"])
 def _fused(
     x,
     x_stride,
     packed,
+    blocks,
+    up_scale,
     order,
     tiles,
     sums,  # [pairs, PROGRAMS, K] fp32
     slots,
     K: tl.constexpr,
     UNITS: tl.constexpr,
+    UNIT: tl.constexpr,
     TOP_K: tl.constexpr,
     SPLITS: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -249,14 +290,15 @@ def _fused(
     FORMAT: tl.constexpr,
 ):
     PER: tl.constexpr = SPLITS // PROGRAMS
+    HALF: tl.constexpr = half_unit(K, UNIT, FORMAT)
     program = tl.program_id(0) % PROGRAMS
     expert, pair, real, used = _load_tile(tl.program_id(0) // PROGRAMS, order, tiles, slots)
     if not used:
         return
-    dtype: tl.constexpr = packed.dtype.element_ty
-    unit = tl.arange(0, _UNIT)
+    dtype: tl.constexpr = _multiplied(packed.dtype.element_ty, FORMAT)
+    unit = tl.arange(0, UNIT)
     column = tl.arange(0, WIDTH)[None, :]
-    # K in PARTS parts along the first axis: [PARTS, 16 rows, WIDTH / PARTS] @ [PARTS, WIDTH / PARTS, 16 units]
+    # K in PARTS parts along the first axis: [PARTS, 16 rows, WIDTH / PARTS] @ [PARTS, WIDTH / PARTS, UNIT]
     part = tl.arange(0, PARTS)[:, None, None] * (WIDTH // PARTS)
     along = part + tl.arange(0, WIDTH // PARTS)[None, None, :]
     down_part = part + tl.arange(0, WIDTH // PARTS)[None, :, None]
@@ -264,20 +306,24 @@ def _fused(
     rows = tl.load(x + token * x_stride + along, mask=real[None, :, None] & (along < K), other=0.0).to(dtype)
     out = sums + (pair.to(tl.int64) * PROGRAMS + program)[:, None] * K + column
     stored = real[:, None] & (column < K)
+    even, odd = as_read(rows, FORMAT)
     # Nothing is hoisted out of this loop: the addresses of ``out`` would take the registers that the sums need.
     for split in tl.range(program * PER, (program + 1) * PER, disable_licm=True):
         first = split * UNITS // SPLITS
         last = (split + 1) * UNITS // SPLITS
-        step = packed + (expert * UNITS + first) * (2 * _UNIT * K)
+        step, scales = _at_unit(packed, blocks, expert * UNITS + first, K, UNIT, FORMAT)
         acc = tl.zeros([_TILE, WIDTH], tl.float32)
         for _ in range(first, last):
-            up = _load_weights(step, unit[None, None, :] * K + down_part, None if WIDTH == K else down_part < K, FORMAT)
-            inner = _relu2(tl.sum(tl.dot(rows, up, input_precision="ieee"), 0)).to(dtype)
-            down = _load_weights(
-                step + _UNIT * K, unit[:, None] * K + column, None if WIDTH == K else column < K, FORMAT
-            )
-            acc = tl.dot(inner, down, acc, input_precision="ieee")
-            step += 2 * _UNIT * K
+            if FORMAT == "float":
+                up = _load_weights(step, unit[None, None, :] * K + down_part, None if WIDTH == K else down_part < K)
+                inner = _relu2(tl.sum(tl.dot(rows, up, input_precision="ieee"), 0)).to(dtype)
+                down = _load_weights(step + HALF, unit[:, None] * K + column, None if WIDTH == K else column < K)
+                acc = tl.dot(inner, down, acc, input_precision="ieee")
+            else:
+                acc = _add_unit(acc, even, odd, step, scales, up_scale + expert, K, WIDTH, PARTS, UNIT, FORMAT)
+            step += 2 * HALF
+            if FORMAT == "nvfp4":
+                scales += 2 * half_blocks(K)
         if split > program * PER:
             tl.debug_barrier()  # the load below need not be laid out over the threads as the store was
             acc = tl.load(out, mask=stored, other=0.0) + acc
@@ -289,46 +335,59 @@ def _up(
     x,
     x_stride,
     packed,
+    blocks,
+    up_scale,
     order,
     tiles,
-    hidden,  # [pairs, 16 UNITS], the weights' dtype
+    hidden,  # [pairs, UNIT * UNITS], what is multiplied next
     slots,
     K: tl.constexpr,
     UNITS: tl.constexpr,
+    UNIT: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
     """One tile's products with CHUNK rows of ``up``, squared."""
-    CHUNKS: tl.constexpr = (UNITS * _UNIT + _CHUNK - 1) // _CHUNK
+    CHUNKS: tl.constexpr = (UNITS * UNIT + _CHUNK - 1) // _CHUNK
     expert, pair, real, used = _load_tile(tl.program_id(0) // CHUNKS, order, tiles, slots)
     if not used:
         return
-    dtype: tl.constexpr = packed.dtype.element_ty
-    inner = tl.program_id(0) % CHUNKS * _CHUNK + tl.arange(0, _CHUNK)[None, :]
+    dtype: tl.constexpr = _multiplied(packed.dtype.element_ty, FORMAT)
+    first = tl.program_id(0) % CHUNKS * _CHUNK
+    inner = first + tl.arange(0, _CHUNK)[None, :]
     k = tl.arange(0, BLOCK_K)
     rows = x + (pair // TOP_K).to(tl.int64)[:, None] * x_stride + k[None, :]
-    step = packed + expert * UNITS * (2 * _UNIT * K)
-    offsets = (inner // _UNIT * (2 * _UNIT) + inner % _UNIT) * K + k[:, None]
+    step, _ = _at_unit(packed, blocks, expert * UNITS, K, UNIT, FORMAT)
+    offsets = (inner // UNIT * (2 * UNIT) + inner % UNIT) * K + k[:, None]
+    chunk, scales = _at_unit(packed, blocks, expert * UNITS + first // UNIT, K, UNIT, FORMAT)
     acc = tl.zeros([_TILE, _CHUNK], tl.float32)
     for start in range(0, K, BLOCK_K):
         a = tl.load(rows + start, mask=real[:, None] & (start + k[None, :] < K), other=0.0).to(dtype)
-        inside = (inner < UNITS * _UNIT) & (start + k[:, None] < K)
-        acc = tl.dot(a, _load_weights(step, start + offsets, inside, FORMAT), acc, input_precision="ieee")
-    out = hidden + pair.to(tl.int64)[:, None] * (UNITS * _UNIT) + inner
-    tl.store(out, _relu2(acc).to(dtype), mask=real[:, None] & (inner < UNITS * _UNIT))
+        if FORMAT == "float":
+            inside = (inner < UNITS * UNIT) & (start + k[:, None] < K)
+            acc = tl.dot(a, _load_weights(step, start + offsets, inside), acc, input_precision="ieee")
+        else:
+            even, odd = as_read(a, FORMAT)
+            acc = times_up(even, odd, chunk, scales, start, UNITS * UNIT - first, K, BLOCK_K, 0, _CHUNK, FORMAT, acc)
+    if up_scale is not None:
+        acc *= tl.load(up_scale + expert)
+    out = hidden + pair.to(tl.int64)[:, None] * (UNITS * UNIT) + inner
+    tl.store(out, _relu2(acc).to(dtype), mask=real[:, None] & (inner < UNITS * UNIT))
 
 
 @triton.jit(do_not_specialize=["slots"])
 def _down(
     hidden,
     packed,
+    blocks,
     order,
     tiles,
     sums,  # [pairs, PROGRAMS, K] fp32
     slots,
     K: tl.constexpr,
     UNITS: tl.constexpr,
+    UNIT: tl.constexpr,
     SPLITS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -341,21 +400,33 @@ def _down(
     expert, pair, real, used = _load_tile(tl.program_id(0) // (BLOCKS * PROGRAMS), order, tiles, slots)
     if not used:
         return
-    column = tl.program_id(0) % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    chunk = tl.arange(0, _CHUNK)
-    rows = hidden + pair.to(tl.int64)[:, None] * (UNITS * _UNIT)
-    step = packed + expert * UNITS * (2 * _UNIT * K) + _UNIT * K
+    output = tl.program_id(0) % BLOCKS * BLOCK_N
+    column = output + tl.arange(0, BLOCK_N)[None, :]
+    chunk, half = tl.arange(0, _CHUNK), tl.arange(0, _CHUNK // 2)[None, :]
+    rows = hidden + pair.to(tl.int64)[:, None] * (UNITS * UNIT)
+    step, _ = _at_unit(packed, blocks, expert * UNITS, K, UNIT, FORMAT)
+    step += half_unit(K, UNIT, FORMAT)
     out = sums + (pair.to(tl.int64) * PROGRAMS + program)[:, None] * K + column
     stored = real[:, None] & (column < K)
     for split in range(program * PER, (program + 1) * PER):
-        last = (split + 1) * UNITS // SPLITS * _UNIT
+        last = (split + 1) * UNITS // SPLITS * UNIT
         acc = tl.zeros([_TILE, BLOCK_N], tl.float32)
-        for start in range(split * UNITS // SPLITS * _UNIT, last, _CHUNK):
+        for start in range(split * UNITS // SPLITS * UNIT, last, _CHUNK):
             inner = start + chunk
-            a = tl.load(rows + inner[None, :], mask=real[:, None] & (inner[None, :] < last), other=0.0)
-            offsets = (inner // _UNIT * (2 * _UNIT) + inner % _UNIT)[:, None] * K + column
-            inside = (inner[:, None] < last) & (column < K)
-            acc = tl.dot(a, _load_weights(step, offsets, inside, FORMAT), acc, input_precision="ieee")
+            if FORMAT == "nvfp4":
+                even = tl.load(rows + start + half, mask=real[:, None], other=0.0)
+                odd = tl.load(rows + start + 32 + half, mask=real[:, None], other=0.0)
+            else:
+                even = tl.load(rows + inner[None, :], mask=real[:, None] & (inner[None, :] < last), other=0.0)
+                odd = even
+            if FORMAT == "float":
+                offsets = (inner // UNIT * (2 * UNIT) + inner % UNIT)[:, None] * K + column
+                down = _load_weights(step, offsets, (inner[:, None] < last) & (column < K))
+                acc = tl.dot(even, down, acc, input_precision="ieee")
+            else:
+                unit, scales = _at_unit(packed, blocks, expert * UNITS + start // UNIT, K, UNIT, FORMAT)
+                unit += half_unit(K, UNIT, FORMAT)
+                acc = times_down(even, odd, unit, scales, output, last - start, K, BLOCK_N, _CHUNK, FORMAT, acc)
         if split > program * PER:
             tl.debug_barrier()
             acc = tl.load(out, mask=stored, other=0.0) + acc
@@ -367,6 +438,8 @@ def _combine(
     sums,
     weights,
     weights_stride,
+    picked,
+    down_scale,
     residual,
     residual_stride,
     out,
@@ -376,7 +449,10 @@ def _combine(
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row's sum over its picks, over the groups of each, over the slices of each, in order; then the residual."""
+    """One row's sum over its picks, over the groups of each, over the slices of each, in order; then the residual.
+
+    A pair's finished sum is multiplied by its expert's scale.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < K
@@ -390,6 +466,8 @@ def _combine(
                 group += tl.load(part, mask=inside, other=0.0)
                 part += K
             value += group
+        if down_scale is not None:
+            value *= tl.load(down_scale + tl.load(picked + row * TOP_K + j))
         total += tl.load(weights + row * weights_stride + j) * value
     if residual is not None:
         total = tl.load(residual + row * residual_stride + column, mask=inside) + total

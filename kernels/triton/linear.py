@@ -13,6 +13,9 @@ The norm costs no pass of its own. With r the norm's factor of a row, (x r w) W 
 squares of the same tiles are summed beside it in fp32, and r multiplies the sum at the end of the row, or of each
 group. So operands are rounded to the weights' dtype before r and not after it; rounding is relative and bf16 has the
 range of fp32: nothing is lost.
+
+FP8 and NVFP4 weights stay as they are stored until they are in registers (quantised.py); their scale multiplies the
+finished sum. A thread reads 4 neighbouring bytes of them and not 2 columns, so each format has a K grouping of its own.
 """
 
 from __future__ import annotations
@@ -25,19 +28,34 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
+from headrace.kernels.formats import Format, Weight, common_format
 from headrace.kernels.linear import check_prologue
 from headrace.kernels.norm import Norm
 from headrace.kernels.triton.common import cdiv, next_power_of_2
+from headrace.kernels.triton.linear_operands import input_operand, load_input, weight_operand
+from headrace.kernels.triton.quantised import LEAST_COLUMNS, bytes_of, packed_scale
 from headrace.kernels.triton.target import architecture
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """A weight as the kernel wants it: [N, K] bf16 or fp32, contiguous."""
+    """A weight as the kernel wants it; what is multiplied is rounded to bf16, or to fp32 where the weight is fp32."""
 
-    weight: Tensor
+    weight: Tensor  # [N, K] bf16 or fp32, [N, K] uint8 for FP8, [N, K / 2] uint8 for NVFP4; contiguous
     bias: Tensor | None  # [N] fp32
+    scale: Tensor | None = None  # [N] fp32, of quantised weights
+    block_scales: Tensor | None = None  # [ceil(K / 64), N, 4] uint8: NVFP4's, in the order in which they are read
+
+    @property
+    def format(self) -> Format:
+        return "float" if self.scale is None else "fp8" if self.block_scales is None else "nvfp4"
+
+    @property
+    def width(self) -> int:
+        """K."""
+        return self.weight.shape[1] * (1 if self.block_scales is None else 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +89,23 @@ SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}
 
 
 @cache
-def tiling(tokens: int, features: int, span: int, groups: int, dtype: torch.dtype, arch: int) -> Tiling:
+def tiling(
+    tokens: int, features: int, span: int, groups: int, dtype: torch.dtype, arch: int, form: Format = "float"
+) -> Tiling:
     """For [tokens, K] x [features, K]^T; ``span``: the longest run of columns that is walked from a fresh step.
 
-    ``columns`` must not follow ``tokens``, nor may anything else that an element's bits are made by.
+    dtype: of the weight's tensor. ``columns`` must not follow ``tokens``, nor may anything else that an element's bits
+    are made by.
     """
     shared = SHARED.get(arch, 101_376)
     if dtype == torch.float32:
         columns = 32  # multiplied without tensor cores: a step's operands lie in registers
+    elif form == "nvfp4":
+        columns = 128  # of less, a feature's bytes are no whole sectors
     else:
         columns = 128 if shared > 200_000 else 64  # two steps of 128 tokens (fp32) must fit
-    columns = min(columns, max(16, next_power_of_2(span)))
-    block_tokens = min(128, max(8, next_power_of_2(tokens)))
+    columns = min(columns, max(LEAST_COLUMNS[form], next_power_of_2(span)))
+    block_tokens = min(64 if form == "nvfp4" else 128, max(8, next_power_of_2(tokens)))
     # Every program reads all its tokens through L2, 4 bytes a token and column, against 2 a feature and column: wide
     # tiles for many tokens. But with few tokens, where memory is all that counts, every SM must draw on it.
     widest = 128 if groups == 1 else 64  # a norm by groups holds two accumulators
@@ -92,26 +115,60 @@ def tiling(tokens: int, features: int, span: int, groups: int, dtype: torch.dtyp
         block_features //= 2
     # 48 KB of weights under way hide 0.8 us of latency at 8 TB/s over 148 SMs, even with one program on each.
     # 12 KB stay for the layout conversions at the end of a group or of the whole.
-    weight_bytes = block_features * columns * dtype.itemsize
+    weight_bytes = block_features * (columns * 9 // 16 if form == "nvfp4" else columns * dtype.itemsize)
     step_bytes = weight_bytes + 4 * (block_tokens + 1) * columns
-    buffers = max(2, min(7, cdiv(49_152, weight_bytes), (shared - 12_288) // step_bytes))
-    # Never more than 64 sums a thread. Two warps would do for 32 features x 8 tokens, but the others help to load.
-    warps = 8 if block_tokens >= 64 else 4
+    buffers = max(2, min(10 if form == "nvfp4" else 7, cdiv(49_152, weight_bytes), (shared - 12_288) // step_bytes))
+    warps = _warps(block_features, block_tokens, form)
     # Left alone, the compiler spills registers to fit in more small programs than shared memory has room for; of those
     # with 168 registers a thread there fit 3. Where one program fills an SM, any bound makes it spill, even 255.
     registers = 168 if block_tokens <= 32 else None
+    if form == "nvfp4" and block_tokens == 32:
+        registers = 255  # of these one fills an SM, and the compiler does not see it
     return Tiling(block_features, block_tokens, columns, warps, stages=1 + buffers, registers=registers)
 
 
-def pack_linear(weights: Sequence[Tensor], bias: Tensor | None = None, *, dim: int = 0) -> PackedLinear:
-    """The contract is ``headrace.kernels.linear.pack_linear``. Weights stay bf16, or become fp32.
+def _warps(features: int, tokens: int, form: Format) -> int:
+    """Warps of a tile; never more than 64 sums a thread."""
+    if form == "nvfp4":
+        return features // 16  # a step's block scales are 4 bytes a thread: fewer would not be copied asynchronously
+    if form == "fp8":
+        return min(8 if tokens >= 64 else 4, features // 16 * (tokens // 8))  # none repeats another's conversions
+    # Two warps would do for 32 features x 8 tokens, but the others help to load.
+    return 8 if tokens >= 64 else 4
 
-    fp16 becomes fp32 because activations are rounded to the weights' dtype, and they would overflow fp16.
+
+def pack_linear(weights: Sequence[Weight], bias: Tensor | None = None, *, dim: int = 0) -> PackedLinear:
+    """The contract is ``headrace.kernels.linear.pack_linear``. bf16 weights stay bf16, others of floats become fp32.
+
+    fp16 becomes fp32 because activations are rounded to the weights' dtype, and they would overflow fp16. Raises
+    NotANumber for a quantised weight that holds NaN.
     """
-    weight = weights[0] if len(weights) == 1 else torch.cat(tuple(weights), dim)
-    if weight.dtype != torch.bfloat16:
-        weight = weight.float()
-    return PackedLinear(weight.contiguous(), None if bias is None else bias.float().contiguous())
+    bias = None if bias is None else bias.float().contiguous()
+    form = common_format(weights)
+    if form == "float":
+        floats = [weight for weight in weights if isinstance(weight, Tensor)]
+        weight = _joined(floats, dim)
+        if weight.dtype != torch.bfloat16:
+            weight = weight.float()
+        return PackedLinear(weight.contiguous(), bias)
+    if dim == 1 and len(weights) > 1:
+        raise ValueError(f"{len(weights)} {form} weights with dim 1: each has a scale of its own")
+    scale = torch.cat([packed_scale(form, w.scale).expand(w.shape[0]) for w in weights if not isinstance(w, Tensor)])
+    parts = [_joined(part) for part in zip(*map(bytes_of, weights), strict=True)]
+    return PackedLinear(parts[0], bias, scale, *map(_read_order, parts[1:]))
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """One of several, without a copy of a single one."""
+    if len(parts) == 1:
+        return parts[0].contiguous()
+    return torch.cat(list(parts), dim)
+
+
+def _read_order(block_scales: Tensor) -> Tensor:
+    """[N, K / 16] -> [ceil(K / 64), N, 4]; zero past K. A step's scales lie beside each other."""
+    fours: Tensor = pad(block_scales, (0, -block_scales.shape[1] % 4)).unflatten(1, (-1, 4))
+    return fours.transpose(0, 1).contiguous()
 
 
 def linear(
@@ -124,20 +181,22 @@ def linear(
 ) -> Tensor:
     """The contract is ``headrace.kernels.linear.linear``."""
     x1, x2 = x if isinstance(x, tuple) else (x, None)
-    tokens, (features, width) = x1.shape[0], packed.weight.shape
+    tokens, features, width = x1.shape[0], packed.weight.shape[0], packed.width
     check_prologue(x1.shape[1], width, norm, relu2)
     out = torch.empty((tokens, features), dtype=torch.float32, device=x1.device)
     if not tokens:
         return out
     groups = 1 if norm is None else norm.groups
     span = width // groups if groups > 1 else max(x1.shape[1], width - x1.shape[1])
-    tile = tiling(tokens, features, span, groups, packed.weight.dtype, architecture(x1.device))
+    tile = tiling(tokens, features, span, groups, packed.weight.dtype, architecture(x1.device), packed.format)
     _linear[(cdiv(tokens, tile.tokens) * cdiv(features, tile.features),)](
         out,
         x1,
         x2,
         packed.weight,
+        packed.block_scales,
         None if norm is None else norm.weight,
+        packed.scale,
         packed.bias,
         residual,
         tokens,
@@ -150,6 +209,7 @@ def linear(
         K=width,
         GROUPS=groups,
         RELU2=relu2,
+        FORMAT=packed.format,
         PARTS_F=tile.feature_parts,
         PARTS_T=tile.token_parts,
         BLOCK_F=tile.features,
@@ -169,7 +229,9 @@ def _linear(
     x1,
     x2,
     weight,
+    block_scales,
     norm_weight,
+    scale,
     bias,
     residual,
     tokens,
@@ -182,6 +244,7 @@ def _linear(
     K: tl.constexpr,
     GROUPS: tl.constexpr,
     RELU2: tl.constexpr,
+    FORMAT: tl.constexpr,
     PARTS_F: tl.constexpr,
     PARTS_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -189,20 +252,24 @@ def _linear(
     BLOCK_K: tl.constexpr,
 ):
     SPAN: tl.constexpr = K // GROUPS if GROUPS > 1 else K1  # columns that are walked from a fresh step
-    PER_SPAN: tl.constexpr = (SPAN + BLOCK_K - 1) // BLOCK_K
-    STEPS: tl.constexpr = GROUPS * PER_SPAN if GROUPS > 1 else PER_SPAN + (K - K1 + BLOCK_K - 1) // BLOCK_K
+    ALIGN: tl.constexpr = 64 if FORMAT == "nvfp4" and SPAN % 64 and SPAN < K else 1  # where a step may begin
+    PER_SPAN: tl.constexpr = (SPAN + ALIGN - 1 + BLOCK_K - 1) // BLOCK_K
+    LAST: tl.constexpr = (K - K1 + ALIGN - 1 + BLOCK_K - 1) // BLOCK_K if K1 < K else 0
+    STEPS: tl.constexpr = GROUPS * PER_SPAN if GROUPS > 1 else PER_SPAN + LAST
 
     token, feature = _first_of_tile(tokens, features, BLOCK_T, BLOCK_F)
     acc = tl.zeros((PARTS_F * PARTS_T, BLOCK_F // PARTS_F, BLOCK_T // PARTS_T), tl.float32)
     total = tl.zeros_like(acc)
     squares = tl.zeros((BLOCK_K // 8 * BLOCK_T, 2), tl.float32)
     for step in range(STEPS):
-        column, end = _columns_of_step(step, K1, K, GROUPS, SPAN, BLOCK_K)
-        w = _load_weight(weight, feature, features, column, end, K, PARTS_F, BLOCK_F, BLOCK_K)
-        x = _load_input(x1, x1_stride, x2, x2_stride, token, tokens, column, end, K1, K, RELU2, BLOCK_T, BLOCK_K)
+        column, begin, end = _columns_of_step(step, K1, GROUPS, SPAN, PER_SPAN, K, ALIGN, BLOCK_K)
+        w = weight_operand(weight, block_scales, feature, features, column, end, K, FORMAT, PARTS_F, BLOCK_F, BLOCK_K)
+        x = load_input(
+            x1, x1_stride, x2, x2_stride, token, tokens, column, begin, end, K1, K, RELU2, ALIGN, BLOCK_T, BLOCK_K
+        )
         if norm_weight is not None:
             squares += _pairs(_pairs(x * x))
-        x = _operand(x, norm_weight, column, end, w.dtype, PARTS_T, BLOCK_T, BLOCK_K)
+        x = input_operand(x, norm_weight, column, end, w.dtype, PARTS_T, BLOCK_T, BLOCK_K)
         acc = tl.dot(_share(w, PARTS_F, PARTS_T), _share(x, PARTS_F, PARTS_T), acc, input_precision="ieee")
         if GROUPS > 1:  # noqa: SIM102 (one condition is known to the compiler)
             if step % PER_SPAN == PER_SPAN - 1:
@@ -215,7 +282,7 @@ def _linear(
         acc *= _share(_factor(squares, K, eps, PARTS_T, BLOCK_T), PARTS_F, PARTS_T)
     y = tl.reshape(acc, (PARTS_F, PARTS_T, BLOCK_F // PARTS_F, BLOCK_T // PARTS_T))
     y = tl.reshape(tl.permute(y, (1, 3, 0, 2)), (BLOCK_T, BLOCK_F))
-    _finish(out, y, bias, residual, residual_stride, token, tokens, feature, features)
+    _finish(out, y, scale, bias, residual, residual_stride, token, tokens, feature, features)
 
 
 @triton.jit
@@ -234,105 +301,31 @@ def _first_of_tile(tokens, features, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexp
 
 @triton.jit
 def _columns_of_step(
-    step, K1: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """First column of a step, and the end of what it belongs to: a group, or one of the inputs."""
-    PER_SPAN: tl.constexpr = (SPAN + BLOCK_K - 1) // BLOCK_K
-    if GROUPS > 1:
-        column = step // PER_SPAN * SPAN + step % PER_SPAN * BLOCK_K
-        end = step // PER_SPAN * SPAN + SPAN
-    else:
-        column = step * BLOCK_K - tl.where(step < PER_SPAN, 0, PER_SPAN * BLOCK_K - K1)
-        end = tl.where(step < PER_SPAN, K1, K)
-    return column, end
-
-
-@triton.jit
-def _load_weight(
-    weight,
-    feature,
-    features,
-    column,
-    end,
-    K: tl.constexpr,
-    PARTS_F: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """An operand [PARTS_F, 1, BLOCK_F / PARTS_F, BLOCK_K] at (feature, column) of a weight [features, K]; 0 outside.
-
-    It is loaded in rank 3: a tile that gains an axis after the load would be laid out anew, and not be pipelined.
-    """
-    PART: tl.constexpr = BLOCK_F // PARTS_F
-    rows = PART * tl.arange(0, PARTS_F)[:, None, None] + tl.arange(0, PART)[None, :, None]
-    columns = column + tl.arange(0, BLOCK_K)[None, None, :]
-    pointers = weight + feature.to(tl.int64) * K + (rows * K + columns)
-    return tl.load(pointers, mask=(rows < features - feature) & (columns < end), other=0.0)[:, None]
-
-
-@triton.jit
-def _load_input(
-    x1,
-    x1_stride,
-    x2,
-    x2_stride,
-    token,
-    tokens,
-    column,
-    end,
+    step,
     K1: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SPAN: tl.constexpr,
+    PER_SPAN: tl.constexpr,
     K: tl.constexpr,
-    RELU2: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """What ``_load_tokens`` gives of the input that the step belongs to; the last one's with relu2, if there is."""
-    if K > K1:
-        source, stride = tl.where(column < K1, x1, x2 - K1), tl.where(column < K1, x1_stride, x2_stride)
-    else:
-        source, stride = x1, x1_stride
-    x = _load_tokens(source, stride, token, tokens, column, end, BLOCK_T, BLOCK_K)
-    if RELU2:
-        positive = tl.where(x < 0, 0.0, x)  # NaN stays
-        squared = positive * positive
-        if K > K1:
-            x = x if column < K1 else squared  # tl.where would make a tensor of the condition: x would be laid out anew
-        else:
-            x = squared
-    return x
+    """First column of a step, and the first and the end of what it belongs to: a group, or one of the inputs.
 
-
-@triton.jit
-def _load_tokens(source, stride, token, tokens, column, end, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Activations at (token, column), 0 outside: [BLOCK_K / 8 * BLOCK_T, 8], 8 columns of all tokens after the other.
-
-    So they lie in shared memory, and when a warp reads an operand of 8 tokens by 8 columns, it finds each row of 32
-    bytes in other banks. Token by token the rows would be 4 * BLOCK_K bytes apart, all in the same banks.
+    Where ALIGN moves the first step forward, into what is not its own, its inputs are zero there. Elsewhere nothing
+    is, and the first column of the step stands for the first of all.
     """
-    line, within = tl.arange(0, BLOCK_K // 8 * BLOCK_T)[:, None], tl.arange(0, 8)[None, :]
-    rows, columns = line % BLOCK_T, column + line // BLOCK_T * 8 + within
-    pointers = source + token.to(tl.int64) * stride + (rows * stride + columns)
-    return tl.load(pointers, mask=(rows < tokens - token) & (columns < end), other=0.0)
-
-
-@triton.jit
-def _operand(
-    x,
-    norm_weight,
-    column,
-    end,
-    dtype: tl.constexpr,
-    PARTS_T: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """What ``_load_tokens`` gives, times the norm's weight, rounded -> [1, PARTS_T, BLOCK_K, BLOCK_T / PARTS_T]."""
-    if norm_weight is not None:
-        x = tl.reshape(x, (BLOCK_K // 8, BLOCK_T, 8))
-        columns = column + 8 * tl.arange(0, BLOCK_K // 8)[:, None, None] + tl.arange(0, 8)[None, None, :]
-        x *= tl.load(norm_weight + columns, mask=columns < end, other=0.0)
-    x = tl.reshape(x, (BLOCK_K // 8, PARTS_T, BLOCK_T // PARTS_T, 8))
-    return tl.reshape(tl.permute(x.to(dtype), (1, 0, 3, 2)), (1, PARTS_T, BLOCK_K, BLOCK_T // PARTS_T))
+    if GROUPS > 1:
+        begin = step // PER_SPAN * SPAN
+        column = begin // ALIGN * ALIGN + step % PER_SPAN * BLOCK_K
+        end = begin + SPAN
+    else:
+        begin = tl.where(step < PER_SPAN, 0, K1)
+        column = step * BLOCK_K - tl.where(step < PER_SPAN, 0, PER_SPAN * BLOCK_K - K1 // ALIGN * ALIGN)
+        end = tl.where(step < PER_SPAN, K1, K)
+    if ALIGN == 1:
+        begin = column
+    return column, begin, end
 
 
 @triton.jit
@@ -370,10 +363,12 @@ def _log2(n: int) -> int:
 
 
 @triton.jit
-def _finish(out, y, bias, residual, residual_stride, token, tokens, feature, features):
-    """Store y [T, F] at (token, feature), with bias and residual added."""
+def _finish(out, y, scale, bias, residual, residual_stride, token, tokens, feature, features):
+    """Store y [T, F] at (token, feature), times scale, with bias and residual added."""
     rows, columns = tl.arange(0, y.shape[0])[:, None], tl.arange(0, y.shape[1])[None, :]
     there = (rows < tokens - token) & (columns < features - feature)
+    if scale is not None:
+        y *= tl.load(scale + feature + columns, mask=columns < features - feature, other=0.0)
     if bias is not None:
         y += tl.load(bias + feature + columns, mask=columns < features - feature, other=0.0)
     if residual is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from headrace.kernels import norm as reference_norm
+from headrace.kernels.formats import Format, Fp8, Nvfp4, Quantised
 from headrace.kernels.inputs import step_inputs as reference_inputs
 from headrace.kernels.lab.cases import ARCHITECTURES, Case
 from headrace.kernels.lab.cases.linear import CASES, PROJECTIONS
@@ -53,7 +54,7 @@ TOKENS = 130  # a tile of 128 and two more
 class Problem:
     fusion: Fusion
     x: Tensor
-    weight: Tensor
+    weight: Tensor | Quantised
     residual: Tensor
     norm: Norm | None
 
@@ -77,7 +78,9 @@ class Problem:
 
     def exact(self) -> tuple[Tensor, Tensor]:
         """The result in float64, and the root of the sum of the squares of its products."""
-        x, weight = self.x.double(), self.weight.double()
+        x = self.x.double()
+        weight = self.weight
+        weight = weight.double() if isinstance(weight, Tensor) else weight.unscaled().double() * weight.scale.double()
         if self.norm is not None:
             grouped = x.unflatten(1, (self.norm.groups, -1))
             grouped = grouped * (grouped.square().mean(-1, keepdim=True) + self.norm.eps).rsqrt()
@@ -107,6 +110,72 @@ def test_fp32_weights(arch):
         alone = linear.linear(x[1:2], linear.pack_linear([weight], bias))
     torch.testing.assert_close(y, (x.double() @ weight.double().t() + bias).float(), rtol=1e-5, atol=1e-5)
     assert torch.equal(alone[0], y[1])
+
+
+def any_bits(form: Format, outputs: int, width: int, seed: int = 1) -> Quantised:
+    """A weight of all codes there are but NaN: subnormal ones, both zeros, signed block scales."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def stored(*shape: int) -> Tensor:
+        bits = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        return torch.where(bits & 0x7F == 0x7F, 0, bits)
+
+    scale = torch.tensor(0.0371 * seed)
+    if form == "fp8":
+        return Fp8(stored(outputs, width).view(torch.float8_e4m3fn), scale)
+    codes = torch.randint(0, 256, (outputs, width // 2), generator=generator, dtype=torch.uint8)
+    return Nvfp4(codes, stored(outputs, width // 16).view(torch.float8_e4m3fn), scale)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+def test_every_stored_number_is_read_exactly(arch, form):
+    """A row picks a column: the result is scale times the unscaled weight, whatever its bits, times nothing else."""
+    width = 64
+    weights = [any_bits(form, 24, width, seed) for seed in (1, 2)]
+    with execute(arch):
+        y = linear.linear(torch.eye(width), linear.pack_linear(weights))
+    expected = torch.cat([weight.unscaled().float() * weight.scale for weight in weights]).t()
+    assert torch.equal(y, expected)
+
+
+QUANTISED = [
+    ("fp8", Fusion(304, groups=1)),
+    ("nvfp4", Fusion(320, groups=2, residual=True)),
+    ("fp8", Fusion(48, second=144, relu2=True, residual=True)),
+    ("nvfp4", Fusion(80, second=112, relu2=True)),  # the second begins within 64 columns
+]
+QUANTISED_RUNS = [(arch, *run) for arch in ARCHITECTURES for run in (QUANTISED if arch == 90 else QUANTISED[2:])]
+
+
+@pytest.mark.parametrize(("arch", "form", "fusion"), QUANTISED_RUNS, ids=str)
+def test_quantised_weights_are_right_and_the_same(arch, form, fusion):
+    """Tiles of 8, 16, 32, 64 and, where there are, 128 tokens."""
+    problem = Problem.make(fusion)
+    problem.weight = any_bits(form, OUTPUTS, fusion.inputs + fusion.second)
+    exact, products = problem.exact()
+    whole = problem.run(arch, slice(None))
+    assert ((whole - exact).abs() <= 6 * 2**-8 / 3**0.5 * products + 1e-5).all()
+    for rows in (slice(129, 130), slice(100, 109), slice(0, 20), slice(60, 100)):
+        assert torch.equal(problem.run(arch, rows), whole[rows]), f"the bits of rows {rows} follow the batch"
+
+
+@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+def test_nan_is_refused(form):
+    weight = any_bits(form, 8, 64)
+    (weight.values if form == "fp8" else weight.block_scales).view(torch.uint8)[3, 2] = 0xFF
+    with pytest.raises(ValueError, match=f"an {form} weight holds NaN"):
+        linear.pack_linear([weight])
+
+
+@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+def test_stored_bytes_are_all_that_stays(form):
+    """No copy in another precision, and an FP8 weight alone is not copied at all."""
+    weight = any_bits(form, 64, 256)
+    packed = linear.pack_linear([weight])
+    kept = [t for t in (packed.weight, packed.block_scales) if t is not None]
+    assert sum(t.nbytes for t in kept) == weight.nbytes - weight.scale.nbytes
+    assert form == "nvfp4" or packed.weight.data_ptr() == weight.values.data_ptr()
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

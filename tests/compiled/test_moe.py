@@ -7,6 +7,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from headrace.kernels import moe as reference
+from headrace.kernels.formats import Fp8, Nvfp4, Weight
 from headrace.kernels.lab.cases import ARCHITECTURES, Case
 from headrace.kernels.lab.cases.moe import CASES
 from headrace.kernels.lab.launches import Launch, capture, execute
@@ -36,7 +37,7 @@ def test_route_picks_and_groups_as_the_reference(arch, experts, routing):
     assert torch.equal(alone.weights[0], routes.weights[3])
 
 
-def run(arch: int, x: Tensor, logits: Tensor, up: Tensor, down: Tensor, top_k: int) -> tuple[Tensor, Routes, list[str]]:
+def run(arch: int, x: Tensor, logits: Tensor, up: Weight, down: Weight, top_k: int) -> tuple[Tensor, Routes, list[str]]:
     """The experts' result, the routes, the names of what was launched."""
     packed = moe.pack_experts(up, down)
     with execute(arch) as executions:
@@ -65,6 +66,53 @@ def test_experts_are_the_references_whatever_the_batch(arch, width, inner, kerne
     for row in (0, 16):
         alone, _, _ = run(arch, x[row : row + 1], logits[row : row + 1], up, down, top_k)
         assert torch.equal(alone[0], y[row]), "a row's bits follow the batch"
+
+
+def any_bits(form: str, experts: int, outputs: int, width: int, seed: int) -> Weight:
+    """Experts of all codes there are but NaN, products about 1."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def stored(*shape: int) -> Tensor:
+        bits = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        return torch.where(bits & 0x7F == 0x7F, 0, bits).view(torch.float8_e4m3fn)
+
+    scale = torch.linspace(1, 2, experts) / (100 if form == "fp8" else 300) / width**0.5
+    if form == "fp8":
+        return Fp8(stored(experts, outputs, width), scale)
+    codes = torch.randint(0, 256, (experts, outputs, width // 2), generator=generator, dtype=torch.uint8)
+    return Nvfp4(codes, stored(experts, outputs, width // 16), scale)
+
+
+QUANTISED = [("fp8", 144, 72), ("nvfp4", 144, 80), ("fp8", 1040, 40), ("nvfp4", 1040, 80)]
+QUANTISED_RUNS = [(arch, *run) for arch in ARCHITECTURES for run in (QUANTISED if arch == 90 else QUANTISED[:2])]
+
+
+@pytest.mark.parametrize(("arch", "form", "width", "inner"), QUANTISED_RUNS)
+def test_quantised_experts_are_the_references_whatever_the_batch(arch, form, width, inner):
+    """Sizes that are no whole units; several slices a program; of 1040 columns in two launches.
+
+    Bits at random are large numbers and small ones: a square may be most of a sum, so twice what normal ones may err.
+    """
+    experts, top_k, rows = 4, 3, 17
+    x, logits = random(rows, width), random(rows, experts, seed=1)
+    logits[:, 2] = 9.0
+    up, down = any_bits(form, experts, inner, width, 2), any_bits(form, experts, width, inner, 3)
+    y, routes, launched = run(arch, x, logits, up, down, top_k)
+    assert ("_fused" in launched) == (width == 144 and arch != 120)
+    expected = reference.experts(x.bfloat16().float(), reference.pack_experts(up, down), routes)
+    assert (y - expected).abs().max() <= 2**-5 * expected.square().mean().sqrt()
+    for row in (0, 16):
+        alone, _, _ = run(arch, x[row : row + 1], logits[row : row + 1], up, down, top_k)
+        assert torch.equal(alone[0], y[row]), "a row's bits follow the batch"
+
+
+@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+def test_experts_stay_as_they_are_stored(form):
+    """Of whole units not a byte more than their weights have."""
+    up, down = any_bits(form, 3, 128, 192, 1), any_bits(form, 3, 192, 128, 2)
+    packed = moe.pack_experts(up, down)
+    kept = [t for t in (packed.tiles, packed.block_scales, packed.up_scale, packed.down_scale) if t is not None]
+    assert sum(t.nbytes for t in kept) == up.nbytes + down.nbytes
 
 
 @pytest.mark.parametrize(("width", "inner"), [(128, 72), (1056, 24)])

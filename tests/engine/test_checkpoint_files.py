@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from headrace.engine.config import ConfigError, ModelConfig
 from headrace.engine.model import CheckpointError, NemotronH, load_model
-from headrace.engine.model.weights import open_weights
+from headrace.engine.model.weights import loader, open_weights
 from headrace.engine.model.weights.names import memory_shapes, places
 
 SMALL = {
@@ -132,7 +132,10 @@ def test_dtypes_are_kept(single, dtype):
     assert torch.equal(weights["layers.1.mixer.experts.up_proj"][2], files[mixed])
 
 
-def test_files_may_go_after_loading(single):
+@pytest.mark.parametrize("mapped", [loader.MAPPED, 1])
+def test_files_may_go_after_loading(single, monkeypatch, mapped):
+    """Also where every tensor is read as a view of the file."""
+    monkeypatch.setattr(loader, "MAPPED", mapped)
     model = load_model(single)
     token_ids = torch.tensor([3, 1, 4, 1, 5])
     before = model.embeddings(token_ids)

@@ -72,8 +72,8 @@ def test_totals_are_the_published_ones(checkpoint: Path, config: ModelConfig) ->
 
 
 def test_the_json_files_are_enough(checkpoint: Path, config: ModelConfig, tmp_path: Path) -> None:
-    for file in ("config.json", "hf_quant_config.json"):
-        shutil.copy(checkpoint / file, tmp_path)
+    for file in checkpoint.glob("*.json"):  # the index too, whose files are not there
+        shutil.copy(file, tmp_path)
     census = take_census(tmp_path, ModelConfig.load(tmp_path))
     assert census.bytes_are_assumed
     assert census.num_bytes == BYTES
@@ -84,7 +84,7 @@ def test_inspect_takes_seconds(checkpoint: Path) -> None:
     result = CliRunner().invoke(app, ["inspect", str(checkpoint)])
     assert result.exit_code == 0, result.output
     assert "123,611,033,088" in result.output
-    assert time.process_time() - start < 60  # a bound against quadratic work; benchmarks say how fast it is
+    assert time.process_time() - start < 25  # a bound against quadratic work; benchmarks say how fast it is
 
 
 def test_the_shard_of_a_rank_is_read_in_bounded_memory(checkpoint: Path, config: ModelConfig) -> None:

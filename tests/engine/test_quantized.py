@@ -1,6 +1,7 @@
 """Quantised checkpoints end to end: the logits of the same weights written out in fp32, and every damage one error."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,7 @@ from headrace.engine.model.weights import open_weights
 from headrace.engine.model.weights.names import modules
 from headrace.engine.run.device import Device
 from headrace.engine.sizing import cache_sizes
-from headrace.kernels import select
+from headrace.kernels import native_is_built, select
 from headrace.kernels.formats import Fp8, Nvfp4, Weight, dequantised, format_of, tensors_of
 from headrace.kernels.quantize import quantize_fp8, quantize_nvfp4
 
@@ -244,6 +245,45 @@ def test_damaged_checkpoints(stored, name):
     assert "\n" not in message and len(message) < 1000
     for fragment in fragments:
         assert fragment in message, message
+
+
+def nan_at(name: str, *index: int) -> Callable[[Path], None]:
+    """One e4m3 of a tensor becomes NaN."""
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name].clone()
+        tensors[name].view(torch.uint8)[index] = 0xFF
+
+    return change(edit)
+
+
+BAD_NUMBERS: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "NaN weight": (f"{IN_PROJ}.weight", nan_at(f"{IN_PROJ}.weight", 3, 5)),
+    "NaN scale": (f"{IN_PROJ}.weight_scale", put(f"{IN_PROJ}.weight_scale", torch.tensor(torch.nan))),
+    "infinite scale": (f"{EXPERT}.weight_scale_2", put(f"{EXPERT}.weight_scale_2", torch.tensor(torch.inf))),
+    "negative scale": (f"{IN_PROJ}.weight_scale", put(f"{IN_PROJ}.weight_scale", torch.tensor(-1.0))),
+    "NaN block scale": (f"{EXPERT}.weight_scale", nan_at(f"{EXPERT}.weight_scale", 47, 1)),
+}
+
+
+@pytest.mark.parametrize("name", BAD_NUMBERS)
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_what_is_no_number_is_refused_while_loading(stored, name, backend):
+    """By tensor, on the backends that read every byte of a weight anyway."""
+    if backend == "native" and not native_is_built():
+        pytest.skip("the native kernels were not built")
+    tensor, damage = BAD_NUMBERS[name]
+    damage(stored)
+    kernels = select(backend)
+    with pytest.raises(CheckpointError, match=re.escape(tensor)):
+        load_model(stored, kernels=kernels)
+    kernels.close()
+
+
+def test_kv_scales_are_there_for_every_layer_or_for_none(stored):
+    drop("backbone.layers.2.mixer.k_proj.k_scale")(stored)
+    with pytest.raises(CheckpointError, match=r"missing 'layers\.2\.mixer\.k_proj\.k_scale'"):
+        load_model(stored)
 
 
 def test_input_scales_may_be_absent(stored):

@@ -168,16 +168,18 @@ std::vector<std::byte> Case::panels(int64_t format, int64_t outputs, int64_t col
 // Their bytes are a path's own: products tell whether they are right.
 std::vector<std::byte> Case::nvfp4_panels(int64_t outputs, int64_t width) {
     std::vector<std::byte> panels(size_t((outputs + 31) / 32 * width / 16 * 288));
+    int64_t nans = 0;
     for (int64_t at = 0; at < outputs;) {
         const int64_t part = once_in(2) ? outputs - at : between(1, outputs - at), stride = stride_of(width / 2);
         std::vector<std::byte> codes(size_t(length_of(part, width / 2, stride)));
         for (std::byte& code : codes) code = std::byte(between(0, 255));
         const std::vector<std::byte> scales = elements(E4M3, part * width / 16);
         const headrace::PackArgs args{codes.data(), NVFP4, part, width, stride, scales.data(), panels.data(), width, at, 0,
-                                      nullptr};
+                                      &nans};
         run("pack", args);
         at += part;
     }
+    add(uint64_t(nans));
     return panels;
 }
 

@@ -30,8 +30,8 @@ ENGINE: Any = ScriptedEngine()
 # --- requests -------------------------------------------------------------------------------------------------------
 
 PARSERS: dict[str, Callable[[bytes], Any]] = {
-    "chat": lambda body: parse_chat(body, None, NIM, NAME),
-    "chat, openai": lambda body: parse_chat(body, "*/*", OPENAI, NAME),
+    "chat": lambda body: parse_chat(body, None, NIM, NAME, 4096),
+    "chat, openai": lambda body: parse_chat(body, "*/*", OPENAI, NAME, 4096),
     "completion": lambda body: parse_completion(body, None, NIM, NAME, ENGINE),
     "tokenize": lambda body: tokenize(body, NIM, NAME, ENGINE),
     "detokenize": lambda body: detokenize(body, NAME, ENGINE),

@@ -19,7 +19,7 @@ USER = {"role": "user", "content": "hi"}
 
 
 def parse(profile: Profile = NIM, accept: str | None = None, **fields: Any) -> ChatCall:
-    return parse_chat(json.dumps({"messages": [USER]} | fields).encode(), accept, profile, NAME)
+    return parse_chat(json.dumps({"messages": [USER]} | fields).encode(), accept, profile, NAME, 4096)
 
 
 def refused(profile: Profile = NIM, **fields: Any) -> ApiError:
@@ -249,13 +249,13 @@ def test_who_decides_about_the_stream(explicit: bool | None, accept: str | None,
 ])  # fmt: skip
 def test_what_is_not_a_json_object_is_malformed(body: bytes) -> None:
     with pytest.raises(ApiError) as caught:
-        parse_chat(body, None, NIM, NAME)
+        parse_chat(body, None, NIM, NAME, 4096)
     assert (caught.value.status, caught.value.code) == (400, "malformed_json")
 
 
 def test_a_number_too_large_for_a_float_is_refused_by_name() -> None:
     with pytest.raises(ApiError) as caught:
-        parse_chat(b'{"messages": [{"role": "user", "content": "x"}], "top_p": 1e999}', None, NIM, NAME)
+        parse_chat(b'{"messages": [{"role": "user", "content": "x"}], "top_p": 1e999}', None, NIM, NAME, 4096)
     assert (caught.value.status, caught.value.param) == (422, "top_p")
 
 
@@ -278,7 +278,7 @@ FIELDS = st.dictionaries(
 @given(FIELDS, st.sampled_from([NIM, OPENAI]))
 def test_any_json_is_either_taken_or_refused(fields: dict[str, Any], profile: Profile) -> None:
     try:
-        call = parse_chat(json.dumps(fields).encode(), None, profile, NAME)
+        call = parse_chat(json.dumps(fields).encode(), None, profile, NAME, 4096)
     except ApiError as error:
         assert error.status in (404, 422)
         assert error.param

@@ -19,7 +19,7 @@ from headrace.engine.engine import EMBEDDED_MODEL
 from headrace.engine.model.load import load_model
 from headrace.engine.serve import connection, endpoints
 from headrace.engine.serve.access import SAFE_HEADERS
-from headrace.tokenizer import ChatTemplate
+from headrace.tokenizer import ChatError, ChatTemplate
 from headrace.tokenizer import load as load_tokenizer
 
 
@@ -151,6 +151,20 @@ TEMPLATE = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.cont
 {%- if medium_effort is defined and medium_effort %}{{ 'effort: medium' }}{% endif %}
 {%- if reasoning_budget is defined %}{{ reasoning_budget }}{% endif %}
 {{- '<|im_start|>assistant\\n' }}"""
+
+
+@pytest.mark.parametrize(("source", "names"), [
+    ("{% if messages %}{% set head = 'x' %}{% endif %}{{ head }}", set()),  # its own, and not always set
+    ("{% set loud = loud if loud is defined else true %}{{ loud }}", {"loud"}),  # an argument and its default
+    ("{% if tone is not defined %}{% set tone = 'dry' %}{% endif %}{{ tone }}", {"tone"}),
+    ("{% set tone = tone | default('dry') %}{{ tone }}", {"tone"}),
+])  # fmt: skip
+def test_what_a_template_sets_for_itself_is_no_argument(source: str, names: set[str]) -> None:
+    template = ChatTemplate(source, load_tokenizer(EMBEDDED_MODEL))
+    assert template.arguments == names
+    if not names:
+        with pytest.raises(ChatError, match="no such variable"):
+            template.render(QUESTION, kwargs={"head": "y"})
 
 
 def test_a_template_with_an_argument_of_its_own() -> None:

@@ -189,3 +189,13 @@ def test_turns_out_of_order(messages: list[dict], param: str, problem: str) -> N
 ])  # fmt: skip
 def test_how_much_text_there_is_at_least(messages: object, size: int) -> None:
     assert text_bytes(messages) == size
+
+
+@pytest.mark.parametrize(("message", "size"), [
+    ({"content": "4", "reasoning": "thought"}, 8),
+    ({"content": "4", "reasoning": "ab", "reasoning_content": "ab"}, 3),  # two names of one field
+    ({"content": "<think>thought</think>4", "reasoning_content": "thought"}, 15),
+])  # fmt: skip
+def test_reasoning_that_is_kept_counts_whole(message: dict, size: int) -> None:
+    turns = [{"role": "assistant"} | message, {"role": "user", "content": "abc"}] * 9
+    assert text_bytes(turns, reasoning_kept=True) == 9 * (size + 3)

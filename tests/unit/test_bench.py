@@ -136,7 +136,7 @@ def test_bench_runs_and_shows(tmp_path: Path, capfd: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["nothing"], "there are all, engine_step, host_step, kernels, sampler"),
+    (["nothing"], "there are all, engine_step, host_step, kernels"),
     (["kernels", "-k", "no_such_op"], "matches 'no_such_op'"),
 ])  # fmt: skip
 def test_what_is_not_there(arguments: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -173,9 +173,9 @@ def test_inspect_counts_the_published_model(capsys: pytest.CaptureFixture[str], 
     document = json.loads(run(capsys, "inspect", str(tmp_path), "--json"))
     assert document["parameters"] == 123_611_033_088  # the released files' headers add up to this
     assert document["active_parameters"] == 12_233_366_528
-    assert document["kv_bytes_per_token"] == 8 * 2 * 2 * 128 * 4
+    assert document["kv_bytes_per_token"] == 8 * 2 * 2 * 128 * 2
     states = 40 * 128 * 64 * 128 * 4
-    assert document["state_bytes_per_sequence"] == states + 40 * 10240 * 4 * 4
+    assert document["state_bytes_per_sequence"] == states + 40 * 10240 * 4 * 2
     text = run(capsys, "inspect", str(tmp_path))
     assert "123,611,033,088" in text
     assert "22 of 512 per token" in text

@@ -25,7 +25,10 @@ MEMORY = 4.8e12  # of an H200, bytes/s
 def nvfp4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The .json files of the release that is quantised."""
     folder = tmp_path_factory.mktemp("nvfp4")
-    metadata = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": quantised()}
+    metadata = {
+        "quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": quantised(),
+        "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+    }  # fmt: skip
     (folder / "config.json").write_text(json.dumps({**SUPER, "quantization_config": metadata}))
     return folder
 
@@ -93,6 +96,28 @@ def test_it_says_when_it_does_not_fit_and_what_would(bf16: Path, capsys: pytest.
     assert all(plan["fits"] for plan in fits.values())
 
 
+def test_keys_and_values_take_what_the_checkpoint_says(
+    nvfp4: Path, bf16: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """8 layers of 2 x 2 heads of 128: 4 KiB a token in fp8, 8 in bf16; an A100 has no fp8."""
+    for folder, gpu, token in ((nvfp4, "h200", 4096), (nvfp4, "a100", 8192), (bf16, "b200", 8192)):
+        plan = planned(capsys, folder, "--gpu", gpu, "--tp", 2, "--context", 1600, "--batch", 1)["without MTP"]
+        assert plan["page_bytes"] == plan["pages"] * 16 * token // 2
+
+
+def test_the_release_on_one_h100(nvfp4: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """69.3 GiB of weights leave little, but 32 sequences of 8,192 tokens have 6.2 GiB of state and 1 of pages."""
+    plans = planned(capsys, nvfp4, "--gpu", "h100", "--context", 8192, "--batch", 32)
+    assert plans["without MTP"]["fits"]
+    assert plans["without MTP"]["most_slots"] >= 32
+    assert not plans["with MTP"]["fits"]
+    assert sum(plans["with MTP"]["weights"].values()) == 80_297_329_824
+    more = planned(capsys, nvfp4, "--gpu", "h100", "--batch", plans["without MTP"]["most_slots"])
+    assert more["without MTP"]["fits"]
+    too_many = planned(capsys, nvfp4, "--gpu", "h100", "--batch", plans["without MTP"]["most_slots"] + 1, status=1)
+    assert not too_many["without MTP"]["fits"]
+
+
 def test_every_change_it_names_does_fit(nvfp4: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--gpu", "h100", "--batch", "256", "--context", "65536"]
     plans = planned(capsys, nvfp4, *asked, status=1)
@@ -106,7 +131,13 @@ def test_tables(nvfp4: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(nvfp4), "--gpu", "b200"]) == 0
     shown = capsys.readouterr().out
     assert "predicted, not measured" in shown
-    for line in ("routed experts", "KV, 16,384 pages of 16 tokens", "a decode step, at best", "limited by"):
+    for line in (
+        "routed experts",
+        "KV in fp8, 16,384 pages of 16 tokens",
+        "slots that fit with that context",
+        "a decode step, at best",
+        "limited by",
+    ):
         assert line in shown
 
 

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from safetensors import safe_open
+from scripted_engine import ScriptedEngine
 
 from headrace.engine import Engine, EngineConfig
 from headrace.engine.cli import common, main, serve
@@ -27,6 +30,7 @@ from headrace.engine.cli.startup import loading_plan, serving_plan
 from headrace.engine.engine import EMBEDDED_MODEL
 from headrace.engine.run.memory import CacheSizes
 from headrace.engine.serve.errors import ENGINE_FAILED
+from headrace.engine.serve.run import DrainingServer
 
 SECONDS = 30
 QUESTION = {"messages": [{"role": "user", "content": "hello"}], "stream": False}
@@ -131,6 +135,38 @@ def test_a_server_without_keys_does_not_listen_outside() -> None:
         assert server.wait(SECONDS) == 2
 
 
+def test_keys_end_as_digests_and_options_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the server runs no variable of the command has a key."""
+    seen: list[tuple[DrainingServer, list[str]]] = []
+
+    def run(self: DrainingServer, sockets: list[socket.socket]) -> None:
+        frame, variables = sys._getframe(1), []
+        while frame is not None:
+            variables += [repr(value) for value in frame.f_locals.values()] if frame.f_code in codes else []
+            frame = frame.f_back
+        seen.append((self, variables))
+        sockets[0].close()
+        raise UserError("seen")
+
+    codes = {function.__code__ for function in vars(serve).values() if hasattr(function, "__code__")}
+    monkeypatch.setattr(DrainingServer, "run", run)
+    monkeypatch.setattr(serve.Loading, "start", lambda self: None)
+    monkeypatch.setenv(serve.KEY_VARIABLE, "of-the-environment")
+    keys = tmp_path / "keys"
+    keys.write_text("of-the-file\n")
+    assert main(["serve", "--port", "0", "--api-key-file", str(keys), "--stall-seconds", "7"]) == 2
+    [(server, variables)] = seen
+    assert any("DrainingServer" in text for text in variables)
+    assert not any(key in text for text in variables for key in ("of-the-file", "of-the-environment"))
+    for number, key in enumerate((b"of-the-file", b"of-the-environment"), start=1):
+        assert server.service.access.check("/v1/models", {b"authorization": b"Bearer " + key}) == number
+    hangs = ScriptedEngine()
+    server.service.attach(hangs)  # type: ignore[arg-type]
+    for seconds, problem in ((6.9, None), (7.0, "a step has not ended within 7 seconds")):
+        hangs.step_seconds = seconds
+        assert server.service.hangs == problem
+
+
 # --- what it says before it serves ----------------------------------------------------------------------------------
 
 REAL = "import sys; from headrace.engine.cli import main; sys.exit(main())"
@@ -195,6 +231,13 @@ def test_the_weights_by_format() -> None:
     assert line.startswith(f"weights  {size(sum(sizes.values()))}: ")
     for name, num_bytes in sizes.items():
         assert f"{name} {size(num_bytes)}" in line
+
+
+def test_the_name_is_that_which_clients_use(tmp_path: Path) -> None:
+    """Of a checkpoint in the hub's cache the folder's own name is a commit."""
+    folder = tmp_path / "models--org--model" / "snapshots" / "0a1b2c"
+    shutil.copytree(EMBEDDED_MODEL, folder)
+    assert loading_plan(str(folder), EngineConfig())[0] == "model    org/model"
 
 
 def test_padding_rows_are_counted() -> None:

@@ -21,7 +21,7 @@ from headrace.engine.cli import app
 from headrace.engine.cli.serve import serve
 from headrace.engine.serve.access import PUBLIC_PATHS
 from headrace.engine.serve.connection import MAX_CONNECTIONS
-from headrace.engine.serve.run import ABORT_GRACE_SECONDS
+from headrace.engine.serve.run import ABORT_GRACE_SECONDS, EXIT_SECONDS
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 CONTAINER = (DEPLOY / "Containerfile").read_text()
@@ -136,7 +136,10 @@ def test_the_unit_waits_for_a_drain_and_has_the_files() -> None:
     service = settings("Service")
     words = shlex.split(service["ExecStart"][0])
     drain = int(words[words.index("--drain-seconds") + 1])
-    assert int(service["TimeoutStopSec"][0]) > drain + ABORT_GRACE_SECONDS
+    longest = drain + ABORT_GRACE_SECONDS + EXIT_SECONDS
+    assert int(service["TimeoutStopSec"][0]) > longest
+    stop = re.search(r"--stop-timeout (\d+)", README)
+    assert stop and int(stop[1]) > longest
     assert int(service["LimitNOFILE"][0]) > MAX_CONNECTIONS
     assert service["Restart"] == ["on-failure"]
     assert service["RestartPreventExitStatus"] == ["2"]  # what a user did wrong stays wrong

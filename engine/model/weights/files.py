@@ -33,6 +33,17 @@ def list_tensors(folder: Path) -> dict[Path, list[Entry]]:
     return tensors
 
 
+def has_tensors(folder: Path) -> bool:
+    """Whether any weights are there: an index alone names what may not be downloaded yet.
+
+    Raises CheckpointError for a damaged index.
+    """
+    if (folder / SINGLE).exists():
+        return True
+    index = folder / INDEX
+    return index.exists() and any((folder / shard).is_file() for shard in set(_read_index(index).values()))
+
+
 def _read_index(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

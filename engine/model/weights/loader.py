@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping
@@ -20,26 +21,31 @@ from headrace.engine.config import ModelConfig
 from headrace.engine.model.weights.errors import CheckpointError
 from headrace.engine.model.weights.files import list_tensors
 from headrace.engine.model.weights.header import DTYPES, Entry
-from headrace.engine.model.weights.names import Part, Place, places
-from headrace.kernels.formats import Fp8, Nvfp4, Weight
+from headrace.engine.model.weights.names import KV_SCALES, Part, Place, places
+from headrace.kernels.formats import Fp8, NotANumber, Nvfp4, Weight
 
 PREFIXES = ("backbone.", "model.")
 UNPREFIXED = ("lm_head.", "mtp.")
+
+SCALES: tuple[Part, ...] = "weight_scale", "weight_scale_2"
 
 MAPPED = 1 << 20
 """Bytes from which on a tensor is mapped, not read; a smaller one would keep a page of a file that may go."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class Source:
     """A file's tensor and where it goes."""
 
     file: Path
     entry: Entry
     place: Place
 
+    def __str__(self) -> str:
+        return f"{self.file}: tensor {self.entry.name!r}"
 
-_Parts = dict[Part, _Source]
+
+_Parts = dict[Part, Source]
 """The tensors of one weight."""
 
 
@@ -93,11 +99,12 @@ def open_weights(
 ) -> Iterator[FileWeights]:
     """A checkpoint's tensors, readable inside the context; progress: a bar on stderr of the bytes read so far.
 
-    Nothing may be missing and nothing left over. Raises CheckpointError naming the file and the tensor.
+    Nothing may be missing and nothing left over. Raises CheckpointError naming the file and the tensor, also for NaN
+    that kernels find inside the context.
     """
     weights: dict[str, list[_Parts]] = {}
     total = 0
-    for source in _match(Path(path), config):
+    for source in match_tensors(Path(path), config):
         if source.place.part == "input_scale":
             continue  # checked, and never read: activations stay as they are
         if source.place.part == "weight":
@@ -105,7 +112,10 @@ def open_weights(
         weights[source.place.name][-1][source.place.part] = source
         total += source.entry.num_bytes
     with _bar(total, progress) as bar, ExitStack() as files:
-        yield FileWeights(weights, _Reader(files, torch.device(device), bar))
+        try:
+            yield FileWeights(weights, _Reader(files, torch.device(device), bar))
+        except NotANumber as error:
+            raise CheckpointError(str(error)) from error
 
 
 class _Reader:
@@ -122,12 +132,13 @@ class _Reader:
         if form == "float":
             return values
         if form == "fp8":
-            return Fp8(values, tensors["weight_scale"])
-        return Nvfp4(values, tensors["weight_scale"], tensors["weight_scale_2"])
+            return Fp8(values, tensors["weight_scale"], str(parts["weight"]))
+        # What may hold NaN are the block scales.
+        return Nvfp4(values, tensors["weight_scale"], tensors["weight_scale_2"], str(parts["weight_scale"]))
 
-    def read(self, source: _Source) -> Tensor:
-        """The tensor on the device. A large one on a CPU is a view of the file: its pages are read when they are
-        touched, and are the system's to drop and read again."""
+    def read(self, source: Source) -> Tensor:
+        """The tensor on the device; a weight's scale is checked. A large one on a CPU is a view of the file: its pages
+        are read when they are touched, and are the system's to drop and read again."""
         file, entry = source.file, source.entry
         start, end = entry.data + entry.start, entry.data + entry.end
         try:
@@ -147,15 +158,22 @@ class _Reader:
                 stream.seek(start)
                 data = torch.frombuffer(bytearray(stream.read(entry.num_bytes)), dtype=torch.uint8)
         except OSError as error:
-            raise CheckpointError(f"{file}: tensor {entry.name!r}: {error.strerror or error}") from error
+            raise CheckpointError(f"{source}: {error.strerror or error}") from error
         self._bar.advance(self._bar.task_ids[0], entry.num_bytes)
-        return data.view(DTYPES[entry.dtype]).view(entry.shape).to(self._device)
+        tensor = data.view(DTYPES[entry.dtype]).view(entry.shape)
+        # 0 is what a weight of zeros may have.
+        if source.place.part in SCALES and entry.shape == () and not 0 <= float(tensor) < math.inf:
+            raise CheckpointError(f"{source} must be a finite number >= 0, got {float(tensor)}")
+        return tensor.to(self._device)
 
 
-def _match(folder: Path, config: ModelConfig) -> list[_Source]:
-    """The files' tensors in the order of ``names.places``."""
+def match_tensors(folder: Path, config: ModelConfig) -> list[Source]:
+    """The files' tensors in the order of ``names.places``; headers are read, no tensor is.
+
+    Raises CheckpointError for what is missing, left over, or not as the configuration asks for it.
+    """
     expected = places(config)
-    found: dict[str, _Source] = {}
+    found: dict[str, Source] = {}
     unexpected = []
     for file, entries in list_tensors(folder).items():
         for entry in entries:
@@ -178,8 +196,12 @@ def _match(folder: Path, config: ModelConfig) -> list[_Source]:
                     f"{file}: tensor {entry.name!r} has dtype {entry.dtype}; what config.json says of its quantisation "
                     f"({place.format}) asks for {' or '.join(place.dtypes)}"
                 )
-            found[name] = _Source(file, entry, place)
+            found[name] = Source(file, entry, place)
     missing = [name for name, place in expected.items() if name not in found and not place.optional]
+    # Without any, all are 1; a layer without its own would be read wrong.
+    scales = [name for name in expected if name.endswith(KV_SCALES)]
+    if any(name in found for name in scales):
+        missing += [name for name in scales if name not in found]
     faults = [f"missing {_some(missing)}, which config.json asks for"] if missing else []
     faults += [f"left over {_some(unexpected)}, for which config.json has no place"] if unexpected else []
     if faults:

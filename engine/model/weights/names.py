@@ -114,12 +114,16 @@ def _tensor(
     yield f"{module}.input_scale", Place(name, row, (), ("F32",), form, "input_scale", optional=True)
 
 
+KV_SCALES = ("k_proj.k_scale", "v_proj.v_scale")
+"""Of an fp8 KV cache: the ends of their names. Files have them for every attention layer, or for none."""
+
+
 def _kv_scales(config: ModelConfig) -> dict[str, Place]:
     """Scales of an fp8 KV cache (the MTP module's has none), where the files have them; else they are 1."""
     if config.quantization is None:
         return {}
     layers = [f"layers.{index}" for index, kind in enumerate(config.layers) if kind is LayerKind.ATTENTION]
-    names = [f"{layer}.mixer.{scale}" for layer in layers for scale in ("k_proj.k_scale", "v_proj.v_scale")]
+    names = [f"{layer}.mixer.{scale}" for layer in layers for scale in KV_SCALES]
     return {name: Place(name, None, (), optional=True) for name in names}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -15,7 +16,10 @@ MAX_SHARD_BYTES = 2 << 30
 
 
 class Writer:
-    """Takes tensors in the order of the files. Without ``finish`` no index is written, and nothing can be loaded."""
+    """Takes tensors in the order of the files. Without ``finish`` no index is written, and nothing can be loaded.
+
+    Raises OSError naming the file that cannot be written.
+    """
 
     def __init__(self, folder: Path, max_bytes: int = MAX_SHARD_BYTES) -> None:
         self._folder, self._max_bytes = folder, max_bytes
@@ -47,13 +51,12 @@ class Writer:
         document = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         (self._folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
-    def discard(self) -> None:
-        """Take back what was written without ``finish``."""
-        for index in range(len(self._shards) + 1):
-            self._part(index).unlink(missing_ok=True)
-
     def _flush(self) -> None:
-        save_file(self._held, self._part(len(self._shards)), metadata={"format": "pt"})
+        part = self._part(len(self._shards))
+        try:
+            save_file(self._held, part, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"{part} cannot be written: {error}") from error
         self._shards.append(list(self._held))
         self._held, self._held_bytes = {}, 0
 

@@ -1,4 +1,5 @@
-"""Routing and experts of the published model: 512 experts, top 22, latent size 1024, inner size 2688, bf16."""
+"""Routing and experts of the published model: 512 experts, top 22, latent size 1024, inner size 2688; bf16, and as they
+are released in FP8 and NVFP4."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels import moe as reference
+from headrace.kernels.formats import Format
 from headrace.kernels.lab.cases import Case, Sample
 from headrace.kernels.lab.launches import Launch
 from headrace.kernels.moe import Routes, Routing
@@ -57,22 +59,40 @@ def sample(launch: Launch) -> Sample:
     return {(slot * programs, 0, 0): weight * programs for slot, weight in tiles if weight}
 
 
-def experts_case(batch: int) -> Case:
+def packed_experts(form: Format) -> moe.PackedExperts:
+    """Memory for the weights, never filled."""
+
+    def stored(*size: int) -> Tensor:
+        return torch.empty(EXPERTS, *size, dtype=torch.uint8)
+
+    if form == "float":
+        return moe.PackedExperts(torch.empty(EXPERTS, INNER // 16, 2, 16, WIDTH, dtype=torch.bfloat16))
+    scales = torch.ones(EXPERTS), torch.ones(EXPERTS)
+    if form == "fp8":
+        return moe.PackedExperts(stored(INNER // 32, 2, 32 * WIDTH), *scales)
+    units = INNER // 64
+    return moe.PackedExperts(stored(units, 2, 32 * WIDTH), *scales, stored(units, 2, 4 * WIDTH))
+
+
+def experts_case(batch: int, form: Format = "float") -> Case:
     routes = routes_of(batch)
     touched = int((torch.bincount(routes.experts.flatten()) > 0).sum())
+    op = f"experts {EXPERTS} x {WIDTH} x {INNER}, top {ROUTING.top_k}" + ("" if form == "float" else f", {form}")
+    sixteenths = {"float": 32, "fp8": 16, "nvfp4": 9}[form]  # of a byte an element
 
     def make() -> Callable[[], object]:
-        x = torch.randn(batch, WIDTH)
-        packed = moe.PackedExperts(torch.empty(EXPERTS, INNER // 16, 2, 16, WIDTH, dtype=torch.bfloat16))
+        x, packed = torch.randn(batch, WIDTH), packed_experts(form)
         return lambda: moe.experts(x, packed, routes)
 
     return Case(
-        name=f"experts {EXPERTS} x {WIDTH} x {INNER}, top {ROUTING.top_k}, batch {batch}",
-        op=f"experts {EXPERTS} x {WIDTH} x {INNER}, top {ROUTING.top_k}",
+        name=f"{op}, batch {batch}",
+        op=op,
         make=make,
-        minimum_bytes=touched * 2 * WIDTH * INNER * 2 + batch * (2 * WIDTH + ROUTING.top_k) * FP32,
-        most_bytes=1.02,
-        streamed=("packed",),
+        minimum_bytes=touched * 2 * WIDTH * INNER * sixteenths // 16 + batch * (2 * WIDTH + ROUTING.top_k) * FP32,
+        # The slices' partial sums weigh more beside smaller weights: with 5 pairs an expert 1.5 % of fp8, 3 % of nvfp4.
+        most_bytes={"float": 1.02, "fp8": 1.03, "nvfp4": 1.05}[form],
+        streamed=("packed", "blocks"),
+        wide=("packed",),
         steps=("UNITS", "SPLITS", "PARTS", "GROUPS", "TOP_K"),
         least_in_flight=20_000,
         sample=sample,
@@ -104,4 +124,7 @@ def route_case(batch: int) -> Case:
     )
 
 
-CASES = tuple(case(batch) for case in (route_case, experts_case) for batch in BATCHES)
+CASES = (
+    *(case(batch) for case in (route_case, experts_case) for batch in BATCHES),
+    *(experts_case(batch, form) for form in ("fp8", "nvfp4") for batch in BATCHES),
+)
