@@ -102,7 +102,8 @@ def overload_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def _multiple(over: Row, full: Row, key: str, percentile: str) -> str:
-    return f"{over[key][percentile] / full[key][percentile]:.2f}"
+    base = full[key][percentile]
+    return f"{over[key][percentile] / base:.2f}" if base else "-"
 
 
 def error_lines(rows: Sequence[Row]) -> list[str]:

@@ -261,7 +261,8 @@ def test_experts_in_bf16(kernels, case):
 def assert_rounded_alike(actual: Tensor, kernels, *problem) -> None:
     expected, largest = exact_experts(*problem, torch.bfloat16 if kernels.backend == "triton" else torch.float64)
     assert actual.dtype == torch.float32 and actual.shape == expected.shape
-    assert ((actual - expected).abs() <= 2 * 2**-7 * largest + 1e-5 * expected.abs().amax((0, 1), True)).all()
+    if expected.numel():
+        assert ((actual - expected).abs() <= 2 * 2**-7 * largest + 1e-5 * expected.abs().amax((0, 1), True)).all()
 
 
 def test_fp16_experts_keep_their_precision(kernels):
